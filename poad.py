@@ -1,10 +1,10 @@
 """POAD: policy optimization with action decomposition, in one file that reads top to bottom.
 
-Paper: "Reinforcing Language Agents via Policy Optimization with Action Decomposition", arXiv 2405.15821,
-NeurIPS 2024; "Eq. n" is equation n of that paper unless another is named. A language agent sees o_t and writes an
-action a_t = (w¹ … wⁿ) token by token; the environment answers r_t, o_{t+1}. BAD, the Bellman backup with Action
-Decomposition, discounts *between* actions (γ) and never *inside* one (γ_w = 1). POAD is PPO whose critic and
-advantages use BAD and whose clipped ratio is per token.
+Paper: "Reinforcing Language Agents via Policy Optimization with Action Decomposition", arXiv 2405.15821, NeurIPS 2024;
+"Eq. n" is its equation n unless another source is named. A language agent sees o_t and writes an action
+a_t = (w¹ … wⁿ) token by token; the environment answers r_t, o_{t+1}. BAD, the Bellman backup with Action Decomposition,
+discounts *between* actions (γ) and never *inside* one (γ_w = 1). POAD is PPO with BAD: critic, advantages and clipped
+ratio are per token.
 
     symbol     name                 meaning                                      shape
     γ, γ_w     gamma, gamma_token   discount between actions, and inside one     scalars; BAD: γ_w = 1
@@ -30,7 +30,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -53,11 +54,9 @@ def _check_shapes(**tensors):
 
 def state_values(q, policy=None, temperature=0.0):
     """Value of a choice: its best option, the policy's mean, or the soft maximum.
-
     V = max_w Q(w)   or   Σ_w π(w) Q(w)   or   τ · log Σ_w exp(Q(w) / τ)                (soft: App. B.3)
     Args: q: (..., W), −inf marks an invalid option; policy: (..., W) or None, 0 · (−inf) = 0; temperature: τ ≥ 0, not
       together with a policy.   Returns: (...).
-
     >>> q = torch.tensor([1.0, 3.0, -torch.inf])
     >>> state_values(q).item(), state_values(q, policy=torch.tensor([0.5, 0.5, 0.0])).item()
     (3.0, 2.0)
@@ -73,10 +72,8 @@ def state_values(q, policy=None, temperature=0.0):
 
 def action_backup(q, mdp, gamma, policy=None, temperature=0.0):
     """One Bellman backup at action level: the whole action is one decision.
-
     Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s')                                            (Eq. 4-5)
-    Args: q, policy: (S, A); mdp: a TokenMDP; gamma: γ in [0, 1].   Returns: (S, A), float64.
-    """
+    Args: q, policy: (S, A); mdp: a TokenMDP; gamma: γ in [0, 1].   Returns: (S, A), float64."""
     _check_unit(gamma=gamma)
     q = torch.as_tensor(q, dtype=torch.float64)
     _check_shapes(reward=mdp.reward, q=q)
@@ -84,13 +81,10 @@ def action_backup(q, mdp, gamma, policy=None, temperature=0.0):
 
 def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
     """One Bellman backup at token level: every token is a decision.
-
-    Q(s, w<ʲ, wʲ) ← γ_w · V(s, w≤ʲ)                      inside the action, j < n          (Eq. 9, 13)
+    Q(s, w<ʲ, wʲ) ← γ_w · V(s, w≤ʲ)                         inside the action, j < n       (Eq. 9, 13)
     Q(s, w<ⁿ, wⁿ) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s', ∅)    when wⁿ completes a            (Eq. 10, 14)
-
     γ_w = γ is the naive token level (NTPO), γ_w = 1 is BAD. Tokens that continue no action get −inf.
-    Args: q, policy: (S, N, V), N prefixes; mdp: a TokenMDP; gamma, gamma_token: in [0, 1].
-    Returns: (S, N, V), float64.
+    Args: q, policy: (S, N, V), N prefixes; mdp: TokenMDP; gamma, gamma_token: in [0, 1].  Returns: (S, N, V), float64.
     """
     _check_unit(gamma=gamma, gamma_token=gamma_token)
     q = torch.as_tensor(q, dtype=torch.float64)
@@ -106,25 +100,20 @@ def bad_backup(q, mdp, gamma, policy=None, temperature=0.0):
     return token_backup(q, mdp, gamma, 1.0, policy, temperature)
 
 def solve(backup, q0, tol=1e-12, max_iters=100_000):
-    """The fixed point of a backup: apply it until no finite entry moves by more than tol.
-
-    Args: backup: from a table to a table of its shape; q0: the first.   Returns: the last, float64.
-    RuntimeError, with the residual, if max_iters backups are not enough.
-    """
+    """The fixed point of a backup (table → table), from q0 until no finite entry moves by more than tol; float64.
+    RuntimeError, with the residual, if max_iters backups are not enough."""
     q, residual = torch.as_tensor(q0, dtype=torch.float64), torch.inf
     for _ in range(max_iters):
         old, q = q, torch.as_tensor(backup(q), dtype=torch.float64)
-        change = (q - old)[q.isfinite() & old.isfinite()].abs()
-        residual = change.max().item() if change.numel() else 0.0
+        residual = max((q - old)[q.isfinite() & old.isfinite()].abs().tolist(), default=0.0)
         if residual <= tol and torch.equal(q.isfinite(), old.isfinite()):
             return q
     raise RuntimeError(f"no fixed point after {max_iters} backups: the last one still moved an entry by {residual:.3g}")
 
 def action_policy(token_policy, mdp):
     """The chain rule: the policy (S, A) that a token policy (S, N, V) implies, π(a|s) = Π_j π(wʲ|s, w<ʲ)."""
-    token_policy = torch.as_tensor(token_policy)
+    token_policy, node = torch.as_tensor(token_policy), {prefix: n for n, prefix in enumerate(mdp.prefixes)}
     _check_shapes(table=torch.empty(len(mdp.reward), *mdp.child.shape), token_policy=token_policy)
-    node = {prefix: n for n, prefix in enumerate(mdp.prefixes)}
     columns = [[token_policy[:, node[a[:j]], w] for j, w in enumerate(a)] for a in map(tuple, mdp.actions)]
     return torch.stack([torch.stack(column).prod(0) for column in columns], 1)
 
@@ -132,13 +121,10 @@ def action_policy(token_policy, mdp):
 
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     """What follows each token is worth this much: the one vector in which BAD and naive differ.
-
     γ_n = γ_w inside an action,   γ after its last token,   0 after the last token of a finished episode
-
     BAD is γ_w = 1, naive is γ_w = γ, action level is every slot an action end.
     Args: action_end, done: (B, N) booleans or 0/1; done (terminated or cut by a time limit) is read at action ends;
       gamma, gamma_token: in [0, 1].   Returns: (B, N).
-
     >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
     tensor([[1.0000, 0.5000, 1.0000, 0.0000]])
     """
@@ -151,10 +137,8 @@ def bad_discounts(action_end, done, gamma, gamma_token=1.0):
 
 def _recurrence(b, c, last):
     """x_n = b_n + c_n x_{n+1} for all n at once, x_N = last: (B, N), (B, N), (B,) → (B, N + 1).
-
     As a loop:  x = last;  for n = N−1 … 0:  x = b[n] + c[n] * x.  Here each step puts the equation into itself and
-    doubles the distance k at which  x_n = b_n + c_n x_{n+k}  holds: log₂ N steps.
-    """
+    doubles the distance k at which  x_n = b_n + c_n x_{n+k}  holds: log₂ N steps."""
     b, c, k = torch.cat([b, last[:, None]], 1), F.pad(c, (0, 1)), 1
     while k < b.shape[1]:
         b, c, k = b + c * F.pad(b[:, k:], (0, k)), c * F.pad(c[:, k:], (0, k)), 2 * k
@@ -163,9 +147,7 @@ def _recurrence(b, c, last):
 @torch.no_grad()
 def gae(rewards, values, discounts, lambdas, mask, last_values):
     """Generalized advantage estimation on a masked stream of tokens (arXiv 1506.02438, Eq. 16).
-
     δ_n = r_n + γ_n v_{n+1} − v_n        A_n = δ_n + γ_n λ_n A_{n+1}        returns_n = A_n + v_n
-
     v_{n+1} is the value of the next *written* token; a masked slot has no reward, value or decay and may hold anything.
     With λ_w = 1 inside actions, our default, an action's first token gets exactly the action-level GAE(λ); the paper's
     code decays λ at every token, which leaves a 5-token action .95⁴ = .81 of its credit. A time limit is no
@@ -173,31 +155,29 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
     Args: rewards, values, discounts (of `bad_discounts`), mask: (B, N); lambdas: scalar or (B, N), λ at action ends
       and λ_w inside; last_values: (B,), V after the row's end.
     Returns: (advantages, returns), (B, N), zero where masked, without gradient.
-
     >>> one = torch.ones(1, 3)                            # an action of three tokens, reward 1 at its end, values ½
     >>> gae(torch.tensor([[0, 0, 1.]]), one / 2, torch.tensor([[1, 1, 0.]]), 1.0, one, torch.zeros(1))[0]
     tensor([[0.5000, 0.5000, 0.5000]])
     """
-    lambdas = torch.as_tensor(lambdas).to(values) if torch.is_tensor(lambdas) else torch.full_like(values, lambdas)
+    lambdas = torch.as_tensor(lambdas).to(values)
+    lambdas = lambdas if lambdas.dim() else lambdas.expand(values.shape)
     _check_shapes(mask=mask, rewards=rewards, values=values, discounts=discounts, lambdas=lambdas)
     _check_shapes(rows=mask[:, 0], last_values=last_values)
-    mask, zero = mask.bool(), values.new_zeros(())
+    mask = mask.bool()
     _check(rewards[mask].isfinite().all(), "a reward on a written token is not finite")
     for name, x in dict(discounts=discounts, lambdas=lambdas).items():
         _check(((x >= 0) & (x <= 1))[mask].all(), f"{name} must lie in [0, 1] on written tokens")
-    rewards, values, discounts, lambdas = (torch.where(mask, x.to(values), zero)
-                                           for x in (rewards, values, discounts, lambdas))
+    rewards, values, decay = (torch.where(mask, x.to(values), 0) for x in (rewards, values, discounts))
     next_values = _recurrence(values, (~mask).to(values), last_values.to(values))[:, 1:]            # gaps pass it on
-    delta = rewards + discounts * next_values - values
-    trace = torch.where(mask, discounts * lambdas, 1)                                               # likewise
-    advantages = _recurrence(torch.where(mask, delta, zero), trace, zero.expand(len(mask)))[:, :-1]
-    return torch.where(mask, advantages, zero), torch.where(mask, advantages + values, zero)
+    delta = rewards + decay * next_values - values
+    trace = torch.where(mask, decay * lambdas, 1)                                                   # likewise
+    advantages = _recurrence(torch.where(mask, delta, 0), trace, torch.zeros_like(values[:, 0]))[:, :-1]
+    return torch.where(mask, advantages, 0), torch.where(mask, advantages + values, 0)
 
 # ---------------------------------------------------------------- PPO losses
 
 def masked_mean(x, mask):
     """Mean over the real entries, Σ m x / Σ m: what the others hold, NaN included, does not matter. → scalar
-
     >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([1, 1, 0])).item()
     2.0
     """
@@ -207,41 +187,34 @@ def masked_mean(x, mask):
 
 def normalize(x, mask):
     """(x − μ) / (σ + 1e-8) with mean μ and population σ of the real entries, a true zero included; zero where masked.
-
     >>> normalize(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
     tensor([-1.,  1.,  0.])
     """
-    mean = masked_mean(x, mask)
-    std = masked_mean((x - mean) ** 2, mask).sqrt()
-    return torch.where(mask.bool(), (x - mean) / (std + 1e-8), 0)
+    centred = x - masked_mean(x, mask)
+    return torch.where(mask.bool(), centred / (masked_mean(centred ** 2, mask).sqrt() + 1e-8), 0)
 
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     """PPO's clipped surrogate (arXiv 1707.06347, Eq. 7), averaged over real tokens, or whole actions.
-
     ratio = exp(logp − old_logp)        loss = −mean min( ratio · A,  clamp(ratio, 1 − ε, 1 + ε) · A )
     Args: logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, usually .1-.3.
     Returns: (loss, info), detached in info: "kl", mean of ratio − 1 − log ratio, an estimate of KL(π_old, π) that is
       never negative; "clip_fraction", the share of |ratio − 1| > ε.
-
     >>> new, one = torch.tensor([[1.5, 0.5]]).log(), torch.ones(1, 2)
-    >>> ppo_policy_loss(new, 0 * one, one, one)[0].item()            # −(1.2 + 0.5) / 2: the first ratio is clipped
-    -0.85...
+    >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)      # −(1.2 + 0.5) / 2: the first ratio is clipped
+    -0.85
     """
     _check(clip >= 0, f"clip is {clip}, expected a number ≥ 0")
     _check_shapes(mask=mask, logp=logp, old_logp=old_logp, advantages=advantages)
-    _check(mask.any(), "a loss over nothing: the mask selects no token")
     log_ratio, advantages = (logp - old_logp)[mask.bool()], advantages[mask.bool()]
-    ratio = log_ratio.exp()
+    ratio, all_real = log_ratio.exp(), torch.ones_like(log_ratio)
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    kl, clipped = (ratio - 1 - log_ratio).mean(), ((ratio - 1).abs() > clip).float().mean()
-    return -objective.mean(), {"kl": kl.detach(), "clip_fraction": clipped}
+    info = {"kl": ratio - 1 - log_ratio, "clip_fraction": (ratio - 1).abs() > clip}
+    return -masked_mean(objective, all_real), {name: masked_mean(x.detach(), all_real) for name, x in info.items()}
 
 def value_loss(values, old_values, returns, mask, clip=None):
     """Squared error of the critic; with ε the larger of it and that of a step clipped to ±ε.
-
     loss = mean ½ (V − R)²    or    mean ½ max( (V − R)², (V_old + clamp(V − V_old, −ε, ε) − R)² )
     Args: values, old_values, returns, mask: (B, N); clip: ε or None.   Returns: scalar.
-
     >>> value_loss(torch.tensor([[3.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.ones(1, 1)).item()
     2.0
     """
@@ -274,7 +247,7 @@ class Actions:
 
 @lru_cache(maxsize=10_000)
 def menu_trie(tokenizer, menu):
-    """A menu (tuple of strings) as token sequences, eos included, and as a trie {prefix: tokens that may follow}."""
+    """A menu (tuple of strings) as token sequences, with eos, and as a trie {prefix: tokens that may follow}."""
     _check(menu, "the menu is empty: at least one action is expected")
     entries = [tuple(tokenizer(" " + text, add_special_tokens=False).input_ids) for text in menu]
     _check(all(entries) and len(set(entries)) == len(menu), f"an entry is empty or listed twice in the menu {menu}")
@@ -285,10 +258,8 @@ def menu_trie(tokenizer, menu):
 
 def menu_logp(logits, allowed):
     """Next-token log-probabilities, restricted to the tokens that a menu allows and renormalised.
-
     log π(w) = logit_w − log Σ_{w' allowed} exp(logit_w')  for allowed w, else −inf
     Args: logits: (..., V); allowed: (..., V) booleans, or None: all.   Returns: (..., V), float32.
-
     >>> menu_logp(torch.tensor([0.0, 0.0, 5.0]), torch.tensor([True, True, False])).exp()
     tensor([0.5000, 0.5000, 0.0000])
     """
@@ -300,14 +271,14 @@ def _entropy(log_pi):
 
 def _sample(log_pi, greedy, generator):
     """One index per row of log π (B, W), drawn on the CPU so that a seed means the same on every device: (B, 1)."""
-    log_pi, device = log_pi.cpu(), log_pi.device
-    return (log_pi.argmax(-1, True) if greedy else log_pi.exp().multinomial(1, generator=generator)).to(device)
+    pick = log_pi.argmax(-1, True) if greedy else log_pi.cpu().exp().multinomial(1, generator=generator)
+    return pick.to(log_pi.device)
 
 def _pad(rows, side="right", fill=0):
     """R lists of token ids as one tensor (R, W), padded on one side, and its mask."""
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
     mask = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    return [nn.utils.rnn.pad_sequence(x, True, value, side) for x, value in ((rows, fill), (mask, False))]
+    return pad_sequence(rows, True, fill, side), pad_sequence(mask, True, False, side)
 
 def _distinct(rows):
     """The number of one row of each kind, and for every row the number of its kind."""
@@ -316,11 +287,9 @@ def _distinct(rows):
     return [rows.index(row) for row in kinds], which
 
 class LanguageAgent(nn.Module):
-    """A causal LM that writes actions, and a critic that gives V(o, w<ʲ) before each token.
-
-    Args: lm, tokenizer: any transformers causal LM and its tokenizer; critic: "head", an MLP that reads the LM's
-      features without training them, or "copy", an MLP on its own copy of the LM; max_new_tokens: limit of free text.
-    """
+    """A transformers causal LM, with its tokenizer, that writes actions; and a critic V(o, w<ʲ) before each token.
+    critic: "head", an MLP that reads the LM's features without training them, or "copy", an MLP on its own copy of the
+    LM; max_new_tokens: the limit of free text."""
     def __init__(self, lm, tokenizer, critic="head", max_new_tokens=32):
         super().__init__()
         _check(critic in ("head", "copy"), f"critic is {critic!r}, expected 'head' or 'copy'")
@@ -333,13 +302,12 @@ class LanguageAgent(nn.Module):
         self.eval()
 
     def train(self, mode=True):
-        """Dropout stays off in training too: the policy that is trained is the one that sampled."""
-        return super().train(False)
+        return super().train(False)                  # no dropout: the policy that is trained is the one that sampled
 
     def _tokenize(self, prompts, menus=None, policy="token"):
         """Prompts (strings, or ids already) as tuples of ids, and a trie for each menu; all checked."""
         _check(policy in POLICIES, f"unknown policy {policy!r}, expected one of {', '.join(POLICIES)}")
-        _check(menus is not None or policy not in ("glam", "twosome"), f"{policy} needs a restricted action set, a menu")
+        _check(menus is not None or policy in ("token", "action"), f"{policy} needs a restricted action set: a menu")
         _check(menus is None or len(menus) == len(prompts), f"{len(prompts)} prompts, but {len(menus or ())} menus")
         ids = [p if isinstance(p, tuple) else tuple(self.tokenizer(p).input_ids) for p in prompts]
         _check(ids and all(ids), "no prompt, or one without a token")
@@ -393,10 +361,8 @@ class LanguageAgent(nn.Module):
 
     def score(self, prompts, menus, policy="glam"):
         """Σ_j log p(wʲ|o, w<ʲ), unrestricted and without eos, of every menu entry: a list of (A_i,), with gradient.
-
         Each distinct prompt is read once and its cache shared by its menu. "twosome" divides by the number of words;
-        "token" and "action" sum log π, restricted to the menu and with eos.
-        """
+        "token" and "action" sum log π, restricted to the menu and with eos."""
         (prompt_ids, tries), raw = self._tokenize(prompts, menus, policy), policy in ("glam", "twosome")
         rows = [(p, entry[:-1] if raw else entry, trie) for p, trie in zip(prompt_ids, tries) for entry in trie[0]]
         prompt_ids, written, owners = zip(*rows)
@@ -408,7 +374,7 @@ class LanguageAgent(nn.Module):
         """log π(a|o), the softmax of the scores of whole menu entries: (B, A), −inf beyond a menu's end."""
         first, which = _distinct(zip(prompt_ids, map(tuple, menus)))
         scores = self.score([prompt_ids[b] for b in first], [menus[b] for b in first], policy)
-        return nn.utils.rnn.pad_sequence(scores, True, -torch.inf).log_softmax(-1)[which]
+        return pad_sequence(scores, True, -torch.inf).log_softmax(-1)[which]
 
     def _write(self, prompt_ids, greedy, generator):
         """Free text, token by token until eos or the limit: B tuples of ids, and log π of each whole text (B, 1)."""
@@ -426,15 +392,11 @@ class LanguageAgent(nn.Module):
 
     @torch.no_grad()
     def act(self, prompts, menus=None, policy="token", greedy=False, generator=None):
-        """Write one action for each of B prompts.
-
+        """Write an action for each of B prompts.
         "token": π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's trie and renormalised; without menus,
-        free text up to max_new_tokens. "action": the same, kept as one log π(a|o). "glam", "twosome": a softmax over the
-        scores of whole menu entries.
+        free text up to max_new_tokens. "action": the same, kept as one log π(a|o). "glam", "twosome": softmax of scores.
         Args: prompts: B strings; menus: B lists of strings or None; generator: a torch.Generator on the CPU.
-        Returns: Actions, with the log-probabilities of the distribution that sampled.
-        ValueError: an unknown policy, an empty menu, an entry twice, "glam" or "twosome" without menus.
-        """
+        Returns: Actions, with log-probabilities of the distribution that sampled.   ValueError: see `menu_trie`."""
         prompt_ids, tries = self._tokenize(prompts, menus, policy)
         if menus is None:
             written, logp = self._write(prompt_ids, greedy, generator)
@@ -452,7 +414,6 @@ class LanguageAgent(nn.Module):
 
     def evaluate(self, actions, menus=None, policy="token"):
         """Log-probabilities, entropies and values of written actions under the present weights, with gradient.
-
         Each distinct (prompt, menu, action) is computed once, with logits for action positions only.
         Returns: (logp, entropy, values): (B, L), zero where masked; (B, 1), of whole actions, if policy is not "token".
         """
@@ -466,30 +427,26 @@ class LanguageAgent(nn.Module):
         prompt_ids, written, tries = (x and [x[b] for b in first] for x in (prompt_ids, written, tries))
         logp, entropy, features, ids, mask = self._tokens(prompt_ids, written, tries)
         columns = logp, entropy, self._values(prompt_ids, ids, mask, features)
-        logp, entropy, values = (F.pad(x[which], (0, actions.ids.shape[1] - ids.shape[1])) for x in columns)
-        return (logp, entropy, values) if policy == "token" else (logp.sum(1, True), entropy.sum(1, True), values[:, :1])
+        columns = [F.pad(x[which], (0, actions.ids.shape[1] - ids.shape[1])) for x in columns]            # (B, L) each
+        return tuple(columns) if policy == "token" else (*(x.sum(1, True) for x in columns[:2]), columns[2][:, :1])
 
 def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens=32):
     """A language agent that needs no download: a Llama of 2 layers × 64, one token a word, pre-trained in seconds.
-
-    It reads observations and random admissible actions: it speaks the language and knows nothing of the dynamics.
-    """
+    It reads observations and random admissible actions: it speaks the language and knows nothing of the dynamics."""
     env, pairs = env_fn(), {}
     obs, _ = env.reset(seed=seed)
     for _ in range(3000):
         pairs[obs, action := env.random_action()] = None
         obs, _, terminated, truncated, _ = env.step(action)
         obs = env.reset()[0] if terminated or truncated else obs
-    splitter = pre_tokenizers.Whitespace()
-    words = [word for pair in pairs for text in pair for word, _ in splitter.pre_tokenize_str(text)]
-    vocab = {word: i for i, word in enumerate(dict.fromkeys(["<pad>", "<unk>", "<eos>", *words]))}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = splitter
+    core = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.train_from_iterator(sum(pairs, ()), trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "<eos>"]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
     texts = [tokenizer(f"{obs} {action}").input_ids + [tokenizer.eos_token_id] for obs, action in pairs]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocab), hidden_size=64, intermediate_size=128,
+        lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
                                           num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=1024))
         optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
         for _ in trange(pretrain_steps, desc="pre-training the tiny LM", leave=False):
@@ -503,7 +460,7 @@ def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens
 
 METHODS = {  # policy: who samples, and what gets one credit; γ_w, λ_w (a name: as that field); step size; colour
     "glam":    dict(policy="glam",    gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:purple"),
-    "twosome": dict(policy="twosome", gamma_token=1.0,     lam_token=1.0,   lr=1e-3, color="tab:green"),
+    "twosome": dict(policy="twosome", gamma_token=1.0,     lam_token=1.0,   lr=3e-3, color="tab:green"),
     "action":  dict(policy="action",  gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:orange"),
     "ntpo":    dict(policy="token",   gamma_token="gamma", lam_token="lam", lr=3e-4, color="tab:red"),
     "poad":    dict(policy="token",   gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:blue"),
@@ -512,7 +469,7 @@ PRESETS = {"lunch": dict(updates=12), "orders": dict(updates=30)}               
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob of a run."""
+    """Every knob of a run. None: the method's own, from METHODS."""
     method: str = "poad"          # a row of METHODS
     updates: int = 24             # rollouts, each followed by one PPO update
     seed: int = 0                 # of environments, sampling and minibatches
@@ -520,9 +477,9 @@ class Config:
     n_steps: int = 32             # actions in each of them per update
     gamma: float = 0.95           # γ between actions
     lam: float = 0.95             # λ of GAE between actions
-    gamma_token: float = None     # γ_w inside an action; None: the method's
-    lam_token: float = None       # λ_w inside an action; None: the method's
-    lr: float = None              # Adam's step size for the LM; None: the method's
+    gamma_token: float = None     # γ_w inside an action
+    lam_token: float = None       # λ_w inside an action
+    lr: float = None              # Adam's step size for the LM
     critic_lr: float = 1e-3       # Adam's step size for the critic
     lr_decay: bool = False        # both fall linearly to 0
     epochs: int = 3               # passes over a rollout
@@ -535,26 +492,20 @@ class Config:
 
     def __post_init__(self):
         _check(self.method in METHODS, f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
-        for name in ("n_envs", "n_steps", "epochs", "minibatches"):
-            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
-        _check_unit(gamma=self.gamma, lam=self.lam, **{name: self.get(name) for name in ("gamma_token", "lam_token")})
-
-    def get(self, name):
-        """The policy, γ_w, λ_w or step size of this run: what is set here, else the method's."""
-        x = getattr(self, name, None)
-        x = METHODS[self.method][name] if x is None else x
-        return getattr(self, x) if x in ("gamma", "lam") else x
+        for name in ("gamma_token", "lam_token", "lr"):
+            x = METHODS[self.method][name] if getattr(self, name) is None else getattr(self, name)
+            object.__setattr__(self, name, getattr(self, x) if isinstance(x, str) else x)
+        _check_unit(gamma=self.gamma, lam=self.lam, gamma_token=self.gamma_token, lam_token=self.lam_token)
+        _check(min(self.n_envs, self.n_steps, self.epochs, self.minibatches) >= 1, "a count is below 1")
 
 @torch.no_grad()
 def collect(agent, players, config, generator, episodes):
     """Play T actions with each of B players; (return, success) of every finished episode goes to `episodes`.
-
-    Returns: actions and menus (or None) in rows b · T + t; rewards, done (B, T); last_values (B,).
-    """
-    steps, padded = [], lambda xs: torch.cat([F.pad(x, (0, max(y.shape[1] for y in xs) - x.shape[1])) for x in xs])
+    Returns: actions and menus (or None) in rows b · T + t; rewards, done (B, T); last_values (B,)."""
+    steps, policy = [], METHODS[config.method]["policy"]
     for _ in range(config.n_steps):
         menus = [player.info["menu"] for player in players] if "menu" in players[0].info else None
-        actions = agent.act([player.obs for player in players], menus, config.get("policy"), generator=generator)
+        actions = agent.act([player.obs for player in players], menus, policy, generator=generator)
         rewards, done = torch.zeros(2, len(players), device=actions.ids.device)
         for b, (player, text) in enumerate(zip(players, actions.text)):
             player.obs, reward, terminated, truncated, player.info = player.env.step(text)
@@ -567,35 +518,33 @@ def collect(agent, players, config, generator, episodes):
         steps.append((actions, menus, rewards, done))
     actions, menus, rewards, done = zip(*steps)
     order = torch.arange(config.n_steps * len(players)).view(config.n_steps, -1).T.flatten()       # from t · B + b
-    columns = zip(*(vars(a).values() for a in actions))
-    actions = Actions(*(sum(x, []) if isinstance(x[0], list) else padded(x) for x in columns)).rows(order)
+    actions = Actions(*(sum(x, []) if isinstance(x[0], list) else pad_sequence([row for step in x for row in step], True)
+                        for x in zip(*(vars(step).values() for step in actions)))).rows(order)
     menus = [sum(menus, [])[i] for i in order] if menus[0] else None
     return actions, menus, torch.stack(rewards, 1), torch.stack(done, 1), agent.values([p.obs for p in players])
 
 def assign(config, mask, values, rewards, done, last_values):
     """Advantages and returns of a rollout (B · T, L): the actions of one player are one stream for `gae`."""
     end = mask & (mask.cumsum(1) == mask.sum(1, True))                                     # the last written slot
-    discounts = bad_discounts(end, done.view(-1, 1).expand(mask.shape), config.gamma, config.get("gamma_token"))
-    lambdas = torch.where(end, config.lam, config.get("lam_token"))
+    discounts = bad_discounts(end, done.view(-1, 1).expand(mask.shape), config.gamma, config.gamma_token)
+    lambdas = torch.where(end, config.lam, config.lam_token)
     stream = [x.reshape(len(rewards), -1) for x in (rewards.view(-1, 1) * end, values, discounts, lambdas, mask)]
     return [x.view(mask.shape) for x in gae(*stream, last_values)]
 
-def ppo_update(agent, optimizers, rollout, config, generator):
+def ppo_update(agent, optimizer, rollout, config, generator):
     """One PPO update on what `collect` returned; returns diagnostics, averaged over the minibatches used.
-
     The unit of loss, entropy and KL is the action: a mean over tokens times the tokens per action is a sum over an
     action's tokens, averaged over actions. Forced tokens (entropy 0) have no gradient: they stay in the stream of
-    credit and the critic's loss, and out of the advantages' mean and deviation and all other means.
-    """
-    actions, menus, *outcome = rollout
+    credit and the critic's loss, and out of the advantages' mean and deviation and all other means."""
+    (actions, menus, *outcome), stats = rollout, []
     old_logp, old_values, choice = actions.logp, actions.values, actions.entropy > 0
-    mask, stats = actions.mask[:, :old_logp.shape[1]], []                            # tokens, or one slot an action
+    mask = actions.mask[:, :old_logp.shape[1]]                                     # of tokens, or one slot an action
     advantages, returns = assign(config, mask, old_values, *outcome)
     advantages = normalize(advantages, choice if choice.any() else mask)
     for i in [i for _ in range(config.epochs)
               for i in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[i].any()]:
-        batch_menus = menus and [menus[row] for row in i]
-        logp, entropy, values = agent.evaluate(actions.rows(i), batch_menus, config.get("policy"))
+        logp, entropy, values = agent.evaluate(actions.rows(i), menus and [menus[row] for row in i],
+                                               METHODS[config.method]["policy"])
         assert stats or torch.allclose(logp, old_logp[i], atol=1e-3), "the policy to train is not the one that sampled"
         policy_loss, info = ppo_policy_loss(logp, old_logp[i], advantages[i], choice[i], config.clip)
         critic_loss = value_loss(values, old_values[i], returns[i], mask[i], config.value_clip)
@@ -604,12 +553,11 @@ def ppo_update(agent, optimizers, rollout, config, generator):
         if config.kl_stop is not None and kl > config.kl_stop:
             break
         stats.append(torch.stack([kl, info["clip_fraction"], entropy, critic_loss]).detach())
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
         (per_action * policy_loss - config.entropy_coef * entropy + critic_loss).backward()
-        for optimizer in optimizers:
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.max_grad_norm)
-            optimizer.step()
+        for group in optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        optimizer.step()
     means = torch.stack(stats).mean(0).tolist() if stats else [None] * 4
     unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-12)
     return dict(zip(("kl", "clip_fraction", "entropy", "value_loss"), means), minibatches=len(stats),
@@ -617,26 +565,24 @@ def ppo_update(agent, optimizers, rollout, config, generator):
 
 def train(agent, env_fn, config):
     """Train the agent in place: a generator of one dict of metrics per update. The same seed gives the same run.
-
     Args: agent: LanguageAgent; env_fn: makes an environment, without arguments; config: Config.
     Yields: update, env_steps, episodes; return_mean (undiscounted) and success_rate over the last 100 episodes, None
-      before one has ended; seconds; and what `ppo_update` returns.
-    """
+      before one has ended; seconds; and what `ppo_update` returns."""
     begin, generator, episodes = time.perf_counter(), torch.Generator().manual_seed(config.seed), []
     players = [SimpleNamespace(env=env_fn(), total=0.0) for _ in range(config.n_envs)]
     for b, player in enumerate(players):
         player.obs, player.info = player.env.reset(seed=1000 * config.seed + b)
-    _check("menu" in players[0].info or config.get("policy") in ("token", "action"),
+    _check("menu" in players[0].info or METHODS[config.method]["policy"] in ("token", "action"),
            f"{config.method} needs a restricted action set (a menu), which this environment does not give")
-    lm, rates = set(agent.lm.parameters()), (config.get("lr"), config.critic_lr)
-    groups = [[p for p in agent.parameters() if p.requires_grad and (p in lm) == mine] for mine in (True, False)]
-    optimizers = [torch.optim.Adam(group, lr) for group, lr in zip(groups, rates)]
-    for update in range(config.updates):
-        for optimizer, lr in zip(optimizers, rates):
-            optimizer.param_groups[0]["lr"] = lr * (1 - update / config.updates if config.lr_decay else 1)
-        stats = ppo_update(agent, optimizers, collect(agent, players, config, generator, episodes), config, generator)
+    critic = [*agent.head.parameters(), *(agent.critic_lm.parameters() if agent.critic_lm else ())]
+    optimizer = torch.optim.Adam([{"params": [p for p in agent.lm.parameters() if p.requires_grad], "lr": config.lr},
+                                  {"params": critic, "lr": config.critic_lr}])
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - k / config.updates if config.lr_decay else 1)
+    for update in range(1, config.updates + 1):
+        stats = ppo_update(agent, optimizer, collect(agent, players, config, generator, episodes), config, generator)
+        decay.step()
         return_mean, success_rate = torch.tensor(episodes[-100:]).mean(0).tolist() if episodes else (None, None)
-        yield dict(update=update + 1, env_steps=(update + 1) * config.n_envs * config.n_steps, episodes=len(episodes),
+        yield dict(update=update, env_steps=update * config.n_envs * config.n_steps, episodes=len(episodes),
                    return_mean=return_mean, success_rate=success_rate, seconds=time.perf_counter() - begin, **stats)
 
 # ---------------------------------------------------------------- command line
@@ -658,20 +604,18 @@ def report(runs, out):
     import matplotlib.pyplot as plt
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"runs": runs}, indent=1))
-    ax = plt.figure(figsize=(7, 4), layout="constrained").subplots()
-    print(f"{'method':10}{'success':>14}{'mean return':>14}{'mean success':>14}{'steps to 90 %':>15}{'seconds':>9}")
-    for method in dict.fromkeys(run["config"]["method"] for run in runs if run["metrics"]):
-        curves = [run["metrics"] for run in runs if run["config"]["method"] == method and run["metrics"]]
-        rates = [[m["success_rate"] or 0.0 for m in curve] for curve in curves]
-        for k, (curve, rate) in enumerate(zip(curves, rates)):
+    ax, runs = plt.figure(figsize=(7, 4), layout="constrained").subplots(), [run for run in runs if run["metrics"]]
+    print(f"{'method':10}{'success':>14}{'mean return':>14}{'steps to 90 %':>15}{'seconds':>9}")
+    for method in dict.fromkeys(run["config"]["method"] for run in runs):
+        curves, last, steps = [run["metrics"] for run in runs if run["config"]["method"] == method], [], []
+        for k, curve in enumerate(curves):
+            rate = [m["success_rate"] or 0.0 for m in curve]
             ax.plot([m["env_steps"] for m in curve], rate, color=METHODS[method]["color"], label=None if k else method)
-        finals = [[rate[-1] for rate in rates], [curve[-1]["return_mean"] or 0.0 for curve in curves],
-                  [sum(rate) / len(rate) for rate in rates]]
-        cells = [f"{torch.tensor(x).mean():.2f} ± {torch.tensor(x).std(correction=0):.2f}" for x in finals]
-        firsts = [next((m["env_steps"] for m, r in zip(curve, rate) if m["episodes"] >= 30 and r >= 0.9), float("inf"))
-                  for curve, rate in zip(curves, rates)]
-        print(f"{method:10}" + "".join(f"{cell:>14}" for cell in cells) + f"{sorted(firsts)[len(firsts) // 2]:>15}"
-              f"{sum(curve[-1]['seconds'] for curve in curves) / len(curves):>9.0f}")
+            last.append((rate[-1], curve[-1]["return_mean"] or 0.0, curve[-1]["seconds"]))
+            steps.append(next((m["env_steps"] for m, r in zip(curve, rate) if r >= 0.9 and m["episodes"] > 29), torch.inf))
+        mean, std = torch.tensor(last).mean(0), torch.tensor(last).std(0, correction=0)
+        print(f"{method:10}" + "".join(f"{f'{mean[i]:.2f} ± {std[i]:.2f}':>14}" for i in (0, 1)) +
+              f"{sorted(steps)[len(steps) // 2]:>15}{mean[2]:>9.0f}")
     ax.set(xlabel="environment steps", ylabel="success rate, last 100 episodes", ylim=(-0.03, 1.03))
     ax.legend()
     ax.figure.savefig(out.with_suffix(".png"), dpi=130)
