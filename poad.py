@@ -1,11 +1,9 @@
 """POAD: policy optimization with action decomposition, in one file that reads top to bottom.
 
 Paper: "Reinforcing Language Agents via Policy Optimization with Action Decomposition", arXiv 2405.15821, NeurIPS 2024;
-"Eq. n" is its equation n unless another source is named. A language agent sees o_t and writes an action
-a_t = (w¹ … wⁿ) token by token; the environment answers r_t, o_{t+1}. BAD, the Bellman backup with Action Decomposition,
-discounts *between* actions (γ) and never *inside* one (γ_w = 1). POAD is PPO with BAD: critic, advantages and clipped
-ratio are per token.
-
+"Eq. n" is its equation n unless another source is named. An agent sees o_t and writes an action a_t = (w¹ … wⁿ) token
+by token; the environment answers r_t, o_{t+1}. BAD, the Bellman backup with Action Decomposition, discounts *between*
+actions (γ) and never *inside* one (γ_w = 1). POAD is PPO with BAD: critic, advantages and clipped ratio are per token.
     symbol     name                 meaning                                      shape
     γ, γ_w     gamma, gamma_token   discount between actions, and inside one     scalars; BAD: γ_w = 1
     λ, λ_w     lam, lam_token       trace decay of GAE, likewise                 scalars
@@ -13,18 +11,16 @@ ratio are per token.
     V(o,w<)    values               value of an observation and begun action     (B, N); tables (S, N)
     π(w|o,w<)  logp, policy         (log-)probability of a token                 (B, N); tables (S, N, V)
     A          advantages           credit of a token                            (B, N)
-
 B rows (environments, or written actions) · N token slots of a row (tables: prefixes) · T steps · L tokens of an action
-S states · A actions (of a menu) · V vocabulary · U distinct prompts · R rows read · H features
-"""
+S states · A actions (of a menu) · V vocabulary · U distinct prompts · R rows read · H features"""
 import argparse
 import copy
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import mean, median, pstdev
 from types import SimpleNamespace
 
 import torch
@@ -34,39 +30,33 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from envs import ENVS, make
 
 def _check(ok, message):
     if not ok:
         raise ValueError(message)
-
 def _check_unit(**scalars):
     for name, x in scalars.items():
-        _check(0 <= x <= 1, f"{name} is {x}, but a discount or trace decay lies in [0, 1]")
-
+        _check(torch.as_tensor((x >= 0) & (x <= 1)).all(), f"{name} is {x}, but a discount or decay lies in [0, 1]")
 def _check_shapes(**tensors):
     (first, x), *others = tensors.items()
     for name, y in others:
         _check(x.shape == y.shape, f"{first} is {tuple(x.shape)} but {name} is {tuple(y.shape)}; they must agree")
 
 # ---------------------------------------------------------------- Bellman backups (tables, float64)
-
 def state_values(q, policy=None, temperature=0.0):
     """Value of a choice: its best option, the policy's mean, or the soft maximum.
     V = max_w Q(w)   or   Σ_w π(w) Q(w)   or   τ · log Σ_w exp(Q(w) / τ)                (soft: App. B.3)
-    Args: q: (..., W), −inf marks an invalid option; policy: (..., W) or None, 0 · (−inf) = 0; temperature: τ ≥ 0, not
-      together with a policy.   Returns: (...).
+    Args: q: (..., W), −inf marks an invalid option; policy: (..., W), 0 · (−inf) = 0, or temperature: τ > 0.  → (...)
     >>> q = torch.tensor([1.0, 3.0, -torch.inf])
     >>> state_values(q).item(), state_values(q, policy=torch.tensor([0.5, 0.5, 0.0])).item()
-    (3.0, 2.0)
-    """
-    q = torch.as_tensor(q)
+    (3.0, 2.0)"""
+    q = q if torch.is_tensor(q) and q.is_floating_point() else torch.as_tensor(q, dtype=torch.float64)
     _check(0 <= temperature < torch.inf, f"temperature is {temperature}, expected a finite number ≥ 0")
     _check(policy is None or temperature == 0, "give a policy or a temperature, not both")
     if policy is None:
         return temperature * torch.logsumexp(q / temperature, -1) if temperature else q.amax(-1)
-    policy = torch.as_tensor(policy).to(q)
+    policy = torch.as_tensor(policy, dtype=q.dtype, device=q.device)
     _check_shapes(q=q, policy=policy)
     return (policy * q.masked_fill((policy == 0) & q.isneginf(), 0)).sum(-1)
 
@@ -100,13 +90,12 @@ def bad_backup(q, mdp, gamma, policy=None, temperature=0.0):
     return token_backup(q, mdp, gamma, 1.0, policy, temperature)
 
 def solve(backup, q0, tol=1e-12, max_iters=100_000):
-    """The fixed point of a backup (table → table), from q0 until no finite entry moves by more than tol; float64.
-    RuntimeError, with the residual, if max_iters backups are not enough."""
+    """The fixed point of a backup, from q0 until no finite entry moves by more than tol; else RuntimeError; float64."""
     q, residual = torch.as_tensor(q0, dtype=torch.float64), torch.inf
     for _ in range(max_iters):
         old, q = q, torch.as_tensor(backup(q), dtype=torch.float64)
         residual = max((q - old)[q.isfinite() & old.isfinite()].abs().tolist(), default=0.0)
-        if residual <= tol and torch.equal(q.isfinite(), old.isfinite()):
+        if residual <= tol and not (q.isnan() | q.isposinf()).any():
             return q
     raise RuntimeError(f"no fixed point after {max_iters} backups: the last one still moved an entry by {residual:.3g}")
 
@@ -118,16 +107,13 @@ def action_policy(token_policy, mdp):
     return torch.stack([torch.stack(column).prod(0) for column in columns], 1)
 
 # ---------------------------------------------------------------- credit over a stream of tokens
-
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     """What follows each token is worth this much: the one vector in which BAD and naive differ.
     γ_n = γ_w inside an action,   γ after its last token,   0 after the last token of a finished episode
     BAD is γ_w = 1, naive is γ_w = γ, action level is every slot an action end.
-    Args: action_end, done: (B, N) booleans or 0/1; done (terminated or cut by a time limit) is read at action ends;
-      gamma, gamma_token: in [0, 1].   Returns: (B, N).
+    Args: action_end, done: (B, N), booleans or 0/1; done is read at action ends only; gamma, gamma_token: in [0, 1].
     >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
-    tensor([[1.0000, 0.5000, 1.0000, 0.0000]])
-    """
+    tensor([[1.0000, 0.5000, 1.0000, 0.0000]])"""
     _check_unit(gamma=gamma, gamma_token=gamma_token)
     action_end, done = torch.as_tensor(action_end), torch.as_tensor(done)
     _check_shapes(action_end=action_end, done=done)
@@ -137,8 +123,8 @@ def bad_discounts(action_end, done, gamma, gamma_token=1.0):
 
 def _recurrence(b, c, last):
     """x_n = b_n + c_n x_{n+1} for all n at once, x_N = last: (B, N), (B, N), (B,) → (B, N + 1).
-    As a loop:  x = last;  for n = N−1 … 0:  x = b[n] + c[n] * x.  Here each step puts the equation into itself and
-    doubles the distance k at which  x_n = b_n + c_n x_{n+k}  holds: log₂ N steps."""
+    A loop would be  x = last;  for n = N−1 … 0:  x = b[n] + c[n] * x.  Here each of log₂ N steps puts the equation
+    into itself and doubles the distance k at which  x_n = b_n + c_n x_{n+k}  holds."""
     b, c, k = torch.cat([b, last[:, None]], 1), F.pad(c, (0, 1)), 1
     while k < b.shape[1]:
         b, c, k = b + c * F.pad(b[:, k:], (0, k)), c * F.pad(c[:, k:], (0, k)), 2 * k
@@ -152,21 +138,17 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
     With λ_w = 1 inside actions, our default, an action's first token gets exactly the action-level GAE(λ); the paper's
     code decays λ at every token, which leaves a 5-token action .95⁴ = .81 of its credit. A time limit is no
     termination: its bootstrap enters as r_n + γ V(o_next) with discount 0.
-    Args: rewards, values, discounts (of `bad_discounts`), mask: (B, N); lambdas: scalar or (B, N), λ at action ends
-      and λ_w inside; last_values: (B,), V after the row's end.
-    Returns: (advantages, returns), (B, N), zero where masked, without gradient.
+    Args: rewards, values, discounts (see `bad_discounts`), mask: (B, N); lambdas: scalar or (B, N), λ at action ends
+      and λ_w inside; last_values: (B,).   Returns: (advantages, returns), (B, N), zero where masked, no gradient.
     >>> one = torch.ones(1, 3)                            # an action of three tokens, reward 1 at its end, values ½
     >>> gae(torch.tensor([[0, 0, 1.]]), one / 2, torch.tensor([[1, 1, 0.]]), 1.0, one, torch.zeros(1))[0]
-    tensor([[0.5000, 0.5000, 0.5000]])
-    """
-    lambdas = torch.as_tensor(lambdas).to(values)
-    lambdas = lambdas if lambdas.dim() else lambdas.expand(values.shape)
+    tensor([[0.5000, 0.5000, 0.5000]])"""
+    lambdas = lambdas.to(values) if torch.as_tensor(lambdas).dim() else torch.full_like(values, float(lambdas))
     _check_shapes(mask=mask, rewards=rewards, values=values, discounts=discounts, lambdas=lambdas)
     _check_shapes(rows=mask[:, 0], last_values=last_values)
     mask = mask.bool()
     _check(rewards[mask].isfinite().all(), "a reward on a written token is not finite")
-    for name, x in dict(discounts=discounts, lambdas=lambdas).items():
-        _check(((x >= 0) & (x <= 1))[mask].all(), f"{name} must lie in [0, 1] on written tokens")
+    _check_unit(discounts=discounts[mask], lambdas=lambdas[mask])
     rewards, values, decay = (torch.where(mask, x.to(values), 0) for x in (rewards, values, discounts))
     next_values = _recurrence(values, (~mask).to(values), last_values.to(values))[:, 1:]            # gaps pass it on
     delta = rewards + decay * next_values - values
@@ -175,12 +157,10 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
     return torch.where(mask, advantages, 0), torch.where(mask, advantages + values, 0)
 
 # ---------------------------------------------------------------- PPO losses
-
 def masked_mean(x, mask):
     """Mean over the real entries, Σ m x / Σ m: what the others hold, NaN included, does not matter. → scalar
     >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([1, 1, 0])).item()
-    2.0
-    """
+    2.0"""
     _check_shapes(x=x, mask=mask)
     _check(mask.any(), "a mean over nothing: the mask selects no entry")
     return x[mask.bool()].mean(dtype=None if x.is_floating_point() else torch.get_default_dtype())
@@ -188,21 +168,18 @@ def masked_mean(x, mask):
 def normalize(x, mask):
     """(x − μ) / (σ + 1e-8) with mean μ and population σ of the real entries, a true zero included; zero where masked.
     >>> normalize(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
-    tensor([-1.,  1.,  0.])
-    """
+    tensor([-1.,  1.,  0.])"""
     centred = x - masked_mean(x, mask)
     return torch.where(mask.bool(), centred / (masked_mean(centred ** 2, mask).sqrt() + 1e-8), 0)
 
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     """PPO's clipped surrogate (arXiv 1707.06347, Eq. 7), averaged over real tokens, or whole actions.
     ratio = exp(logp − old_logp)        loss = −mean min( ratio · A,  clamp(ratio, 1 − ε, 1 + ε) · A )
-    Args: logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, usually .1-.3.
-    Returns: (loss, info), detached in info: "kl", mean of ratio − 1 − log ratio, an estimate of KL(π_old, π) that is
-      never negative; "clip_fraction", the share of |ratio − 1| > ε.
+    Args: logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, usually .1-.3.   Returns: (loss,
+      info): "kl", mean of ratio − 1 − log ratio ≥ 0, estimates KL(π_old, π); "clip_fraction": share of |ratio − 1| > ε.
     >>> new, one = torch.tensor([[1.5, 0.5]]).log(), torch.ones(1, 2)
     >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)      # −(1.2 + 0.5) / 2: the first ratio is clipped
-    -0.85
-    """
+    -0.85"""
     _check(clip >= 0, f"clip is {clip}, expected a number ≥ 0")
     _check_shapes(mask=mask, logp=logp, old_logp=old_logp, advantages=advantages)
     log_ratio, advantages = (logp - old_logp)[mask.bool()], advantages[mask.bool()]
@@ -216,8 +193,7 @@ def value_loss(values, old_values, returns, mask, clip=None):
     loss = mean ½ (V − R)²    or    mean ½ max( (V − R)², (V_old + clamp(V − V_old, −ε, ε) − R)² )
     Args: values, old_values, returns, mask: (B, N); clip: ε or None.   Returns: scalar.
     >>> value_loss(torch.tensor([[3.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.ones(1, 1)).item()
-    2.0
-    """
+    2.0"""
     _check(clip is None or clip >= 0, f"clip is {clip}, expected None or a number ≥ 0")
     _check_shapes(mask=mask, values=values, old_values=old_values, returns=returns)
     values, old_values, returns = (x[mask.bool()] for x in (values, old_values, returns))
@@ -227,8 +203,7 @@ def value_loss(values, old_values, returns, mask, clip=None):
     return masked_mean(error / 2, torch.ones_like(error))
 
 # ---------------------------------------------------------------- language agent
-
-POLICIES = ("token", "action", "glam", "twosome")
+RESTRICTED, POLICIES = ("glam", "twosome"), ("token", "action", "glam", "twosome")      # the first two need a menu
 
 @dataclass
 class Actions:
@@ -242,7 +217,6 @@ class Actions:
     entropy: torch.Tensor    # likewise: of the distribution that sampled, 0 where the menu leaves no choice
 
     def rows(self, index):
-        """The actions at these row numbers."""
         return Actions(*([x[i] for i in index] if isinstance(x, list) else x[index] for x in vars(self).values()))
 
 @lru_cache(maxsize=10_000)
@@ -261,53 +235,43 @@ def menu_logp(logits, allowed):
     log π(w) = logit_w − log Σ_{w' allowed} exp(logit_w')  for allowed w, else −inf
     Args: logits: (..., V); allowed: (..., V) booleans, or None: all.   Returns: (..., V), float32.
     >>> menu_logp(torch.tensor([0.0, 0.0, 5.0]), torch.tensor([True, True, False])).exp()
-    tensor([0.5000, 0.5000, 0.0000])
-    """
+    tensor([0.5000, 0.5000, 0.0000])"""
     return (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).float().log_softmax(-1)
 
-def _entropy(log_pi):
-    """H = −Σ π log π over the last axis, where −inf marks what cannot be sampled."""
+def _entropy(log_pi):                        # H = −Σ π log π over the last axis; −inf marks what cannot be sampled
     return -(log_pi.exp() * log_pi.masked_fill(log_pi.isneginf(), 0)).sum(-1)
-
-def _sample(log_pi, greedy, generator):
-    """One index per row of log π (B, W), drawn on the CPU so that a seed means the same on every device: (B, 1)."""
+def _sample(log_pi, greedy, generator):      # (B, W) → (B, 1); drawn on the CPU: a seed means the same on every device
     pick = log_pi.argmax(-1, True) if greedy else log_pi.cpu().exp().multinomial(1, generator=generator)
     return pick.to(log_pi.device)
-
-def _pad(rows, side="right", fill=0):
-    """R lists of token ids as one tensor (R, W), padded on one side, and its mask."""
-    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-    mask = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    return pad_sequence(rows, True, fill, side), pad_sequence(mask, True, False, side)
-
-def _distinct(rows):
-    """The number of one row of each kind, and for every row the number of its kind."""
+def _pad(rows, side="right"):                # R lists of token ids → one tensor (R, W), padded on one side; its mask
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1, side)
+    return ids.clamp(min=0), ids >= 0
+def _distinct(rows):                         # → the number of one row of each kind; for each row the number of its kind
     kinds, rows = {}, list(rows)
     which = [kinds.setdefault(row, len(kinds)) for row in rows]
     return [rows.index(row) for row in kinds], which
 
 class LanguageAgent(nn.Module):
-    """A transformers causal LM, with its tokenizer, that writes actions; and a critic V(o, w<ʲ) before each token.
-    critic: "head", an MLP that reads the LM's features without training them, or "copy", an MLP on its own copy of the
-    LM; max_new_tokens: the limit of free text."""
+    """A transformers causal LM, with its tokenizer, that writes actions; and a critic, V(o, w<ʲ) before each token:
+    "head", an MLP that reads the LM's features but does not train them, or "copy", an MLP on its own copy of the LM."""
     def __init__(self, lm, tokenizer, critic="head", max_new_tokens=32):
         super().__init__()
         _check(critic in ("head", "copy"), f"critic is {critic!r}, expected 'head' or 'copy'")
-        _check(tokenizer.eos_token_id is not None, "the tokenizer has no eos token, which must end an action")
         _check(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        _check(tokenizer.eos_token_id is not None, "the tokenizer has no eos token, which must end an action")
         self.lm, self.tokenizer, self.max_new_tokens = lm, tokenizer, max_new_tokens
         self.critic_lm = copy.deepcopy(lm) if critic == "copy" else None
         self.head = nn.Sequential(nn.Linear(lm.config.hidden_size, 128), nn.Tanh(), nn.Linear(128, 1)).to(lm.device)
-        nn.init.zeros_(self.head[-1].weight)
+        for x in self.head[-1].parameters():
+            nn.init.zeros_(x)                       # V = 0: no advantage, rather than normalised noise, before a reward
         self.eval()
 
     def train(self, mode=True):
-        return super().train(False)                  # no dropout: the policy that is trained is the one that sampled
+        return super().train(False)                   # no dropout: the policy that is trained is the one that sampled
 
-    def _tokenize(self, prompts, menus=None, policy="token"):
-        """Prompts (strings, or ids already) as tuples of ids, and a trie for each menu; all checked."""
+    def _tokenize(self, prompts, menus=None, policy="token"):             # prompts, or their ids → ids; menus → tries
         _check(policy in POLICIES, f"unknown policy {policy!r}, expected one of {', '.join(POLICIES)}")
-        _check(menus is not None or policy in ("token", "action"), f"{policy} needs a restricted action set: a menu")
+        _check(menus is not None or policy not in RESTRICTED, f"{policy} needs a restricted action set (a menu)")
         _check(menus is None or len(menus) == len(prompts), f"{len(prompts)} prompts, but {len(menus or ())} menus")
         ids = [p if isinstance(p, tuple) else tuple(self.tokenizer(p).input_ids) for p in prompts]
         _check(ids and all(ids), "no prompt, or one without a token")
@@ -321,92 +285,81 @@ class LanguageAgent(nn.Module):
                  use_cache=True, output_hidden_states=True, logits_to_keep=keep)
         return out.logits, out.hidden_states[-1], out.past_key_values, seen
 
-    def _encode(self, lm, prompt_ids):
-        """The cache of all prompts but their last tokens: each distinct one is read once and shared by its rows."""
+    def _read(self, lm, prompt_ids, ids, mask):
+        """Logits for, and features before, every token of ids (R, L): (R, L, V), (R, L, H); the cache; what it saw.
+        Each distinct prompt is read once, up to its last token, and its cache shared by its rows."""
         first, which = _distinct(prompt_ids)
-        ids, mask = (x.to(lm.device) for x in _pad([prompt_ids[b][:-1] for b in first], "left"))          # (U, P)
-        cache = self._forward(lm, ids, mask, keep=1)[2] if ids.numel() else None
+        prompts, seen = (x.to(lm.device) for x in _pad([prompt_ids[b][:-1] for b in first], "left"))       # (U, P)
+        cache = self._forward(lm, prompts, seen, keep=1)[2] if prompts.numel() else None
         if cache:
             cache.batch_select_indices(torch.tensor(which, device=lm.device))      # our own: to be extended at will
-        return cache, mask[which]
-
-    def _read(self, lm, prompt_ids, ids, mask):
-        """Logits for, and features before, every token of ids (R, L): (R, L, V), (R, L, H)."""
-        last = torch.tensor([prompt[-1:] for prompt in prompt_ids], device=ids.device)
+        last = torch.tensor([prompt[-1:] for prompt in prompt_ids], device=lm.device)
         ids, mask = torch.cat([last, ids[:, :-1]], 1), torch.cat([torch.ones_like(last).bool(), mask[:, :-1]], 1)
-        return self._forward(lm, ids, mask, *self._encode(lm, prompt_ids))[:2]
+        return self._forward(lm, ids, mask, cache, seen[which])
 
-    def _tokens(self, prompt_ids, written, tries=None):
-        """log π, entropy (R, L), zero where masked, and features (R, L, H) of R token sequences; their ids and mask."""
-        ids, mask = (x.to(self.lm.device) for x in _pad(written, fill=self.tokenizer.eos_token_id))
-        (logits, features), allowed = self._read(self.lm, prompt_ids, ids, mask), None
+    def _tokens(self, prompt_ids, written, tries=None, critic=False):
+        """log π, entropy and V (if asked for) of every token of R sequences: (R, L), zero where masked.
+        Each distinct row is computed once. A critic that is a head sends no gradient into the features it borrows."""
+        first, which = _distinct(zip(prompt_ids, written, map(id, tries) if tries else written))
+        prompt_ids, written, tries = (x and [x[r] for r in first] for x in (prompt_ids, written, tries))
+        ids, mask = (x.to(self.lm.device) for x in _pad(written))
+        (logits, features, *_), allowed = self._read(self.lm, prompt_ids, ids, mask), None
         if tries:
             hits = [(r, j, w) for r, row in enumerate(written) for j in range(len(row)) for w in tries[r][1][row[:j]]]
             allowed = (~mask[..., None]).repeat(1, 1, logits.shape[-1])
             allowed[tuple(torch.tensor(hits, device=ids.device).T)] = True
         log_pi = menu_logp(logits, allowed)                                                               # (R, L, V)
-        logp, entropy = log_pi.gather(-1, ids[..., None]).squeeze(-1), _entropy(log_pi)
-        return torch.where(mask, logp, 0), torch.where(mask, entropy, 0), features, ids, mask
-
-    def _values(self, prompt_ids, ids, mask, features=None):
-        """V before every token of ids: (R, L). A head borrows the LM's features and sends no gradient back."""
-        if self.critic_lm is not None or features is None:
-            features = self._read(self.critic_lm or self.lm, prompt_ids, ids, mask)[1]
-        return self.head((features if self.critic_lm else features.detach()).float()).squeeze(-1).masked_fill(~mask, 0)
+        columns = [log_pi.gather(-1, ids[..., None]).squeeze(-1), _entropy(log_pi)]
+        if critic:
+            features = self._read(self.critic_lm, prompt_ids, ids, mask)[1] if self.critic_lm else features.detach()
+            columns.append(self.head(features.float()).squeeze(-1))
+        return [torch.where(mask, x, 0)[which] for x in columns]
 
     def values(self, prompts):
         """V(o), before any token is written: B strings → (B,)."""
-        unread = torch.ones(len(prompts), 1, dtype=torch.long, device=self.lm.device)
-        return self._values(self._tokenize(prompts)[0], unread, unread.bool())[:, 0]
+        return self._tokens(self._tokenize(prompts)[0], [(0,)] * len(prompts), critic=True)[2][:, 0]
 
     def score(self, prompts, menus, policy="glam"):
         """Σ_j log p(wʲ|o, w<ʲ), unrestricted and without eos, of every menu entry: a list of (A_i,), with gradient.
         Each distinct prompt is read once and its cache shared by its menu. "twosome" divides by the number of words;
-        "token" and "action" sum log π, restricted to the menu and with eos."""
-        (prompt_ids, tries), raw = self._tokenize(prompts, menus, policy), policy in ("glam", "twosome")
+        "token" and "action" sum log π, restricted to the menu and with eos. π(a|o) is the softmax over the menu."""
+        (prompt_ids, tries), raw = self._tokenize(prompts, menus, policy), policy in RESTRICTED
         rows = [(p, entry[:-1] if raw else entry, trie) for p, trie in zip(prompt_ids, tries) for entry in trie[0]]
         prompt_ids, written, owners = zip(*rows)
         scores = self._tokens(prompt_ids, written, None if raw else owners)[0].sum(1)
         words = [len(text.split()) if policy == "twosome" else 1 for menu in menus for text in menu]
         return list((scores / scores.new_tensor(words)).split([len(menu) for menu in menus]))
 
-    def _menu_policy(self, prompt_ids, menus, policy):
-        """log π(a|o), the softmax of the scores of whole menu entries: (B, A), −inf beyond a menu's end."""
-        first, which = _distinct(zip(prompt_ids, map(tuple, menus)))
-        scores = self.score([prompt_ids[b] for b in first], [menus[b] for b in first], policy)
-        return pad_sequence(scores, True, -torch.inf).log_softmax(-1)[which]
-
     def _write(self, prompt_ids, greedy, generator):
         """Free text, token by token until eos or the limit: B tuples of ids, and log π of each whole text (B, 1)."""
-        (cache, seen), written = self._encode(self.lm, prompt_ids), [() for _ in prompt_ids]
-        token = torch.tensor([prompt[-1:] for prompt in prompt_ids], device=self.lm.device)               # (B, 1)
-        writing, logp = torch.ones_like(token).bool(), torch.zeros(token.shape, device=token.device)
-        while writing.any() and max(map(len, written)) < self.max_new_tokens:
-            logits, _, cache, seen = self._forward(self.lm, token, writing, cache, seen, keep=1)
-            log_pi = menu_logp(logits[:, -1], None)                                                       # (B, V)
-            token = _sample(log_pi, greedy, generator)
+        writing = torch.ones(len(prompt_ids), 1, dtype=torch.bool, device=self.lm.device)
+        logits, _, cache, seen = self._read(self.lm, prompt_ids, writing.long(), writing)
+        written, logp = [() for _ in prompt_ids], torch.zeros(writing.shape, device=self.lm.device)
+        while True:
+            token = _sample(log_pi := menu_logp(logits[:, -1], None), greedy, generator)
             logp += torch.where(writing, log_pi.gather(1, token), 0)
             written = [row + (w,) if go else row for row, w, go in zip(written, token[:, 0].tolist(), writing[:, 0])]
             writing = writing & (token != self.tokenizer.eos_token_id)
-        return written, logp
+            if not writing.any() or max(map(len, written)) == self.max_new_tokens:
+                return written, logp
+            logits, _, cache, seen = self._forward(self.lm, token, writing, cache, seen, keep=1)
 
     @torch.no_grad()
     def act(self, prompts, menus=None, policy="token", greedy=False, generator=None):
         """Write an action for each of B prompts.
         "token": π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's trie and renormalised; without menus,
-        free text up to max_new_tokens. "action": the same, kept as one log π(a|o). "glam", "twosome": softmax of scores.
-        Args: prompts: B strings; menus: B lists of strings or None; generator: a torch.Generator on the CPU.
-        Returns: Actions, with log-probabilities of the distribution that sampled.   ValueError: see `menu_trie`."""
+        free text up to max_new_tokens. "action": the same, kept as one log π(a|o). "glam", "twosome": see `score`.
+        Args: prompts: B strings; menus: B lists of strings, or None; generator: a CPU torch.Generator.  → Actions"""
         prompt_ids, tries = self._tokenize(prompts, menus, policy)
         if menus is None:
             written, logp = self._write(prompt_ids, greedy, generator)
             text = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in written]
         else:
-            log_pi = self._menu_policy(prompt_ids, menus, policy)                 # Π_j π(wʲ|…) is one over entries too
+            log_pi = pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)    # (B, A)
             pick = _sample(log_pi, greedy, generator)
             logp, pick = log_pi.gather(1, pick), pick[:, 0].tolist()
             text, written = ([x[i] for x, i in zip(xs, pick)] for xs in (menus, [trie[0] for trie in tries]))
-        ids, mask = (x.to(self.lm.device) for x in _pad(written, fill=self.tokenizer.eos_token_id))
+        ids, mask = (x.to(self.lm.device) for x in _pad(written))
         actions = Actions(text, prompt_ids, ids, mask, None, None, None)
         actions.logp, actions.entropy, actions.values = self.evaluate(actions, menus, policy)
         assert torch.allclose(actions.logp.sum(1, True), logp, atol=1e-2), "what is stored is not what sampled"
@@ -415,20 +368,17 @@ class LanguageAgent(nn.Module):
     def evaluate(self, actions, menus=None, policy="token"):
         """Log-probabilities, entropies and values of written actions under the present weights, with gradient.
         Each distinct (prompt, menu, action) is computed once, with logits for action positions only.
-        Returns: (logp, entropy, values): (B, L), zero where masked; (B, 1), of whole actions, if policy is not "token".
-        """
+        Returns: (logp, entropy, values): (B, L), zero where masked; all policies but "token": (B, 1), whole actions."""
         prompt_ids, tries = self._tokenize(actions.prompt_ids, menus, policy)
         written = [tuple(row[m].tolist()) for row, m in zip(actions.ids, actions.mask)]
-        if policy in ("glam", "twosome"):
-            log_pi = self._menu_policy(prompt_ids, menus, policy)                                         # (B, A)
+        if policy in RESTRICTED:
+            log_pi = pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)    # (B, A)
             pick = torch.tensor([[trie[0].index(row)] for trie, row in zip(tries, written)], device=log_pi.device)
             return log_pi.gather(1, pick), _entropy(log_pi)[:, None], self.values(prompt_ids)[:, None]
-        first, which = _distinct(zip(prompt_ids, written, map(tuple, menus or written)))
-        prompt_ids, written, tries = (x and [x[b] for b in first] for x in (prompt_ids, written, tries))
-        logp, entropy, features, ids, mask = self._tokens(prompt_ids, written, tries)
-        columns = logp, entropy, self._values(prompt_ids, ids, mask, features)
-        columns = [F.pad(x[which], (0, actions.ids.shape[1] - ids.shape[1])) for x in columns]            # (B, L) each
-        return tuple(columns) if policy == "token" else (*(x.sum(1, True) for x in columns[:2]), columns[2][:, :1])
+        columns = self._tokens(prompt_ids, written, tries, critic=True)
+        logp, entropy, values = (F.pad(x, (0, actions.ids.shape[1] - x.shape[1])) for x in columns)       # (B, L) each
+        whole = logp.sum(1, True), entropy.sum(1, True), values[:, :1]
+        return whole if policy == "action" else (logp, entropy, values)
 
 def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens=32):
     """A language agent that needs no download: a Llama of 2 layers × 64, one token a word, pre-trained in seconds.
@@ -437,8 +387,8 @@ def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens
     obs, _ = env.reset(seed=seed)
     for _ in range(3000):
         pairs[obs, action := env.random_action()] = None
-        obs, _, terminated, truncated, _ = env.step(action)
-        obs = env.reset()[0] if terminated or truncated else obs
+        obs, _, *over, _ = env.step(action)
+        obs = env.reset()[0] if any(over) else obs
     core = Tokenizer(models.WordLevel(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.train_from_iterator(sum(pairs, ()), trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "<eos>"]))
@@ -457,7 +407,6 @@ def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens
         return LanguageAgent(lm, tokenizer, critic, max_new_tokens)
 
 # ---------------------------------------------------------------- training
-
 METHODS = {  # policy: who samples, and what gets one credit; γ_w, λ_w (a name: as that field); step size; colour
     "glam":    dict(policy="glam",    gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:purple"),
     "twosome": dict(policy="twosome", gamma_token=1.0,     lam_token=1.0,   lr=3e-3, color="tab:green"),
@@ -465,7 +414,7 @@ METHODS = {  # policy: who samples, and what gets one credit; γ_w, λ_w (a name
     "ntpo":    dict(policy="token",   gamma_token="gamma", lam_token="lam", lr=3e-4, color="tab:red"),
     "poad":    dict(policy="token",   gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:blue"),
 }
-PRESETS = {"lunch": dict(updates=12), "orders": dict(updates=30)}                 # where an environment needs its own
+PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=30)}     # where an environment needs its own
 
 @dataclass(frozen=True)
 class Config:
@@ -492,10 +441,10 @@ class Config:
 
     def __post_init__(self):
         _check(self.method in METHODS, f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
-        for name in ("gamma_token", "lam_token", "lr"):
-            x = METHODS[self.method][name] if getattr(self, name) is None else getattr(self, name)
+        for name in [name for name in ("gamma_token", "lam_token", "lr") if getattr(self, name) is None]:
+            x = METHODS[self.method][name]
             object.__setattr__(self, name, getattr(self, x) if isinstance(x, str) else x)
-        _check_unit(gamma=self.gamma, lam=self.lam, gamma_token=self.gamma_token, lam_token=self.lam_token)
+        _check_unit(**{name: getattr(self, name) for name in ("gamma", "lam", "gamma_token", "lam_token")})
         _check(min(self.n_envs, self.n_steps, self.epochs, self.minibatches) >= 1, "a count is below 1")
 
 @torch.no_grad()
@@ -517,10 +466,9 @@ def collect(agent, players, config, generator, episodes):
                 (player.obs, player.info), player.total = player.env.reset(), 0.0
         steps.append((actions, menus, rewards, done))
     actions, menus, rewards, done = zip(*steps)
-    order = torch.arange(config.n_steps * len(players)).view(config.n_steps, -1).T.flatten()       # from t · B + b
-    actions = Actions(*(sum(x, []) if isinstance(x[0], list) else pad_sequence([row for step in x for row in step], True)
-                        for x in zip(*(vars(step).values() for step in actions)))).rows(order)
-    menus = [sum(menus, [])[i] for i in order] if menus[0] else None
+    columns = [[x[b] for b in range(len(players)) for x in xs] for xs in zip(*(vars(a).values() for a in actions))]
+    actions = Actions(*(pad_sequence(x, True) if torch.is_tensor(x[0]) else x for x in columns))
+    menus = [menu[b] for b in range(len(players)) for menu in menus] if menus[0] else None
     return actions, menus, torch.stack(rewards, 1), torch.stack(done, 1), agent.values([p.obs for p in players])
 
 def assign(config, mask, values, rewards, done, last_values):
@@ -536,15 +484,14 @@ def ppo_update(agent, optimizer, rollout, config, generator):
     The unit of loss, entropy and KL is the action: a mean over tokens times the tokens per action is a sum over an
     action's tokens, averaged over actions. Forced tokens (entropy 0) have no gradient: they stay in the stream of
     credit and the critic's loss, and out of the advantages' mean and deviation and all other means."""
-    (actions, menus, *outcome), stats = rollout, []
+    (actions, menus, *outcome), policy, stats = rollout, METHODS[config.method]["policy"], []
     old_logp, old_values, choice = actions.logp, actions.values, actions.entropy > 0
     mask = actions.mask[:, :old_logp.shape[1]]                                     # of tokens, or one slot an action
     advantages, returns = assign(config, mask, old_values, *outcome)
     advantages = normalize(advantages, choice if choice.any() else mask)
     for i in [i for _ in range(config.epochs)
               for i in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[i].any()]:
-        logp, entropy, values = agent.evaluate(actions.rows(i), menus and [menus[row] for row in i],
-                                               METHODS[config.method]["policy"])
+        logp, entropy, values = agent.evaluate(actions.rows(i), menus and [menus[row] for row in i], policy)
         assert stats or torch.allclose(logp, old_logp[i], atol=1e-3), "the policy to train is not the one that sampled"
         policy_loss, info = ppo_policy_loss(logp, old_logp[i], advantages[i], choice[i], config.clip)
         critic_loss = value_loss(values, old_values[i], returns[i], mask[i], config.value_clip)
@@ -552,31 +499,26 @@ def ppo_update(agent, optimizer, rollout, config, generator):
         entropy, kl = per_action * masked_mean(entropy, choice[i]), per_action * info["kl"]
         if config.kl_stop is not None and kl > config.kl_stop:
             break
-        stats.append(torch.stack([kl, info["clip_fraction"], entropy, critic_loss]).detach())
+        stats.append([x.item() for x in (kl, info["clip_fraction"], entropy, critic_loss)])
         optimizer.zero_grad()
         (per_action * policy_loss - config.entropy_coef * entropy + critic_loss).backward()
         for group in optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
         optimizer.step()
-    means = torch.stack(stats).mean(0).tolist() if stats else [None] * 4
     unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-12)
-    return dict(zip(("kl", "clip_fraction", "entropy", "value_loss"), means), minibatches=len(stats),
-                tokens=int(actions.mask.sum()), explained_variance=1 - unexplained.item())
+    means = dict(zip(("kl", "clip_fraction", "entropy", "value_loss"), map(mean, zip(*stats))))
+    return means | dict(minibatches=len(stats), tokens=mask.sum().item(), explained_variance=1 - unexplained.item())
 
 def train(agent, env_fn, config):
-    """Train the agent in place: a generator of one dict of metrics per update. The same seed gives the same run.
-    Args: agent: LanguageAgent; env_fn: makes an environment, without arguments; config: Config.
-    Yields: update, env_steps, episodes; return_mean (undiscounted) and success_rate over the last 100 episodes, None
-      before one has ended; seconds; and what `ppo_update` returns."""
+    """Train the agent in place, on environments that env_fn() makes. The same seed gives the same run.
+    Yields one dict per update: update, env_steps, episodes; return_mean (undiscounted) and success_rate over the last
+    100 episodes, None before one has ended; seconds; and what `ppo_update` returns."""
     begin, generator, episodes = time.perf_counter(), torch.Generator().manual_seed(config.seed), []
     players = [SimpleNamespace(env=env_fn(), total=0.0) for _ in range(config.n_envs)]
     for b, player in enumerate(players):
         player.obs, player.info = player.env.reset(seed=1000 * config.seed + b)
-    _check("menu" in players[0].info or METHODS[config.method]["policy"] in ("token", "action"),
-           f"{config.method} needs a restricted action set (a menu), which this environment does not give")
-    critic = [*agent.head.parameters(), *(agent.critic_lm.parameters() if agent.critic_lm else ())]
-    optimizer = torch.optim.Adam([{"params": [p for p in agent.lm.parameters() if p.requires_grad], "lr": config.lr},
-                                  {"params": critic, "lr": config.critic_lr}])
+    lm, critic = agent.lm.parameters(), [*agent.head.parameters(), *(agent.critic_lm or nn.Module()).parameters()]
+    optimizer = torch.optim.Adam([dict(params=x, lr=lr) for x, lr in ((lm, config.lr), (critic, config.critic_lr))])
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - k / config.updates if config.lr_decay else 1)
     for update in range(1, config.updates + 1):
         stats = ppo_update(agent, optimizer, collect(agent, players, config, generator, episodes), config, generator)
@@ -586,76 +528,72 @@ def train(agent, env_fn, config):
                    return_mean=return_mean, success_rate=success_rate, seconds=time.perf_counter() - begin, **stats)
 
 # ---------------------------------------------------------------- command line
-
 def load_agent(model, env_fn, seed=0, device="cpu"):
     """The tiny agent ("tiny"), or a causal LM from the hub, a local folder or a .gguf file; else ValueError."""
     if model == "tiny":
         return tiny_agent(env_fn, seed).to(device)
     where, options = (Path(model).parent, {"gguf_file": Path(model).name}) if model.endswith(".gguf") else (model, {})
     try:
-        lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
-        return LanguageAgent(lm, AutoTokenizer.from_pretrained(where, **options)).to(device)
+        lm, tokenizer = (kind.from_pretrained(where, **options) for kind in (AutoModelForCausalLM, AutoTokenizer))
     except Exception as error:                                       # whatever a loader raises, the user typed a name
-        raise ValueError(f"cannot load the model {model!r} ({' '.join(str(error).split())[:90]}…): expected tiny, "
-                         "a hub id, a local folder or a .gguf file") from error
+        raise ValueError(f"cannot load the model {model!r}: expected tiny, a hub id, a local folder or a .gguf file "
+                         f"({' '.join(str(error).split())[:90]}…)") from error
+    return LanguageAgent(lm.float(), tokenizer).to(device)
 
 def report(runs, out):
     """Write the runs to the JSON file `out`, their curves beside it, and print a table: mean ± std over seeds."""
     import matplotlib.pyplot as plt
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"runs": runs}, indent=1))
-    ax, runs = plt.figure(figsize=(7, 4), layout="constrained").subplots(), [run for run in runs if run["metrics"]]
-    print(f"{'method':10}{'success':>14}{'mean return':>14}{'steps to 90 %':>15}{'seconds':>9}")
-    for method in dict.fromkeys(run["config"]["method"] for run in runs):
-        curves, last, steps = [run["metrics"] for run in runs if run["config"]["method"] == method], [], []
-        for k, curve in enumerate(curves):
-            rate = [m["success_rate"] or 0.0 for m in curve]
-            ax.plot([m["env_steps"] for m in curve], rate, color=METHODS[method]["color"], label=None if k else method)
-            last.append((rate[-1], curve[-1]["return_mean"] or 0.0, curve[-1]["seconds"]))
-            steps.append(next((m["env_steps"] for m, r in zip(curve, rate) if r >= 0.9 and m["episodes"] > 29), torch.inf))
-        mean, std = torch.tensor(last).mean(0), torch.tensor(last).std(0, correction=0)
-        print(f"{method:10}" + "".join(f"{f'{mean[i]:.2f} ± {std[i]:.2f}':>14}" for i in (0, 1)) +
-              f"{sorted(steps)[len(steps) // 2]:>15}{mean[2]:>9.0f}")
+    fig, ax = plt.subplots(layout="constrained")
     ax.set(xlabel="environment steps", ylabel="success rate, last 100 episodes", ylim=(-0.03, 1.03))
+    print("method         success  mean return   steps to 90 %   seconds")
+    for method in dict.fromkeys(run["config"]["method"] for run in runs):
+        rows = []
+        for curve in [run["metrics"] for run in runs if run["config"]["method"] == method]:
+            steps, rate = zip(*((m["env_steps"], m["success_rate"] or 0.0) for m in curve))
+            ax.plot(steps, rate, color=METHODS[method]["color"], label=None if rows else method)
+            to_90 = [m["env_steps"] for m in curve if m["episodes"] >= 30 and m["success_rate"] >= 0.9] + [torch.inf]
+            rows.append((rate[-1], curve[-1]["return_mean"] or 0.0, to_90[0], curve[-1]["seconds"]))
+        success, total, to_90, seconds = zip(*rows)
+        print(f"{method:11}{mean(success):6.2f} ± {pstdev(success):.2f}{mean(total):7.2f} ± {pstdev(total):.2f}"
+              f"{median(to_90):>16.0f}{mean(seconds):>10.0f}")
     ax.legend()
-    ax.figure.savefig(out.with_suffix(".png"), dpi=130)
+    fig.savefig(out.with_suffix(".png"), dpi=130)
     print(f"curves: {out.with_suffix('.png')}   numbers: {out}")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train a language agent with POAD and its relatives.")
-    parser.error = lambda message: sys.exit(print(f"poad.py: {message}", file=sys.stderr) or 2)
-    for flag, kind, default, text in (
-            ("--env", str, "food", f"one of {', '.join(ENVS)}"), ("--wording", str, None, "of food: short or long"),
-            ("--method", str, None, f"some of {','.join(METHODS)}; default: all that can run"),
-            ("--model", str, "tiny", "tiny, a hub id, a local folder or a .gguf file"),
-            ("--updates", int, None, "PPO updates of a run"), ("--seed", int, 0, "the first seed"),
-            ("--seeds", int, 1, "how many"), ("--device", str, "cpu", "cpu, cuda, …"),
-            ("--out", Path, None, "the JSON file of the results; default runs/ENV.json")):
-        parser.add_argument(flag, type=kind, default=default, help=text)
+    parser.error = lambda message: parser.exit(2, f"poad.py: {message}\n")
+    for flag, default, text in (
+            ("env", "food", f"one of {', '.join(ENVS)}"), ("wording", "", "of food: long (default) or short"),
+            ("method", "", f"some of {','.join(METHODS)}; default: all that can run"), ("updates", 0, "of each run"),
+            ("model", "tiny", "tiny, a hub id, a folder or a .gguf file"), ("device", "cpu", "cpu or cuda"),
+            ("seed", 0, "the first"), ("seeds", 1, "how many"), ("out", "", "JSON file; default runs/ENV.json")):
+        parser.add_argument("--" + flag, type=type(default), default=default, help=text)
     args, runs = parser.parse_args(argv), []
-    options = {"wording": args.wording or "long"} if args.env == "food" or args.wording else {}
     try:
-        env_fn = partial(make, args.env, **options)
-        menu = "menu" in env_fn().reset(seed=0)[1]
-        able = [method for method in METHODS if menu or METHODS[method]["policy"] in ("token", "action")]
-        for method in (methods := args.method.split(",") if args.method else able):
-            _check(method in able, f"{method!r} cannot run on {args.env}: choose from {', '.join(able)}")
-        preset = PRESETS.get(args.env, {}) | ({"updates": args.updates} if args.updates else {})
+        wording = {"wording": args.wording or "long"} if args.wording or args.env == "food" else {}
+        env_fn, preset = partial(make, args.env, **wording), PRESETS.get(args.env, {})
+        able = [m for m in METHODS if METHODS[m]["policy"] not in RESTRICTED or "menu" in env_fn().reset(seed=0)[1]]
+        methods = args.method.split(",") if args.method else able
+        _check(set(methods) <= set(able), f"cannot run {args.method} on {args.env}: choose from {', '.join(able)}")
+        torch.set_num_threads(1 if args.model == "tiny" else torch.get_num_threads())     # it is too small to share
         for seed in range(args.seed, args.seed + args.seeds):
             start = load_agent(args.model, env_fn, seed, args.device)
             for method in methods:
-                config = Config(method, seed=seed, **preset)
-                runs.append({"config": asdict(config) | dict(env=args.env, model=args.model, **options), "metrics": []})
+                config = Config(method, seed=seed, **preset | ({"updates": args.updates} if args.updates else {}))
+                runs.append({"config": asdict(config) | dict(env=args.env, model=args.model, **wording), "metrics": []})
                 bar = tqdm(train(copy.deepcopy(start), env_fn, config), f"{method:8} seed {seed}", config.updates)
                 for metrics in bar:
                     runs[-1]["metrics"].append(metrics)
                     bar.set_postfix(success=metrics["success_rate"])
     except KeyboardInterrupt:
-        print("interrupted: what was measured so far is kept", file=sys.stderr)
+        print("interrupted: what was measured so far is kept")
     except ValueError as error:
         parser.error(error)
-    if any(run["metrics"] for run in runs):
-        report(runs, args.out or Path("runs") / f"{args.env}.json")
+    if runs := [run for run in runs if run["metrics"]]:
+        report(runs, Path(args.out or f"runs/{args.env}.json"))
 
 if __name__ == "__main__":
     main()
