@@ -274,7 +274,7 @@ class LanguageAgent(nn.Module):
         _check(menus is not None or policy not in RESTRICTED, f"{policy} needs a restricted action set (a menu)")
         _check(menus is None or len(menus) == len(prompts), f"{len(prompts)} prompts, but {len(menus or ())} menus")
         ids = [p if isinstance(p, tuple) else tuple(self.tokenizer(p).input_ids) for p in prompts]
-        _check(ids and all(ids), "no prompt, or one without a token")
+        _check(ids and all(ids) and not isinstance(prompts, str), "expected a list of prompts, none of them empty")
         return ids, menus and [menu_trie(self.tokenizer, tuple(menu)) for menu in menus]
 
     def _forward(self, lm, ids, mask, cache=None, seen=None, keep=0):
@@ -290,8 +290,7 @@ class LanguageAgent(nn.Module):
         Each distinct prompt is read once, up to its last token, and its cache shared by its rows."""
         first, which = _distinct(prompt_ids)
         prompts, seen = (x.to(lm.device) for x in _pad([prompt_ids[b][:-1] for b in first], "left"))       # (U, P)
-        cache = self._forward(lm, prompts, seen, keep=1)[2] if prompts.numel() else None
-        if cache:
+        if cache := self._forward(lm, prompts, seen, keep=1)[2] if prompts.numel() else None:
             cache.batch_select_indices(torch.tensor(which, device=lm.device))      # our own: to be extended at will
         last = torch.tensor([prompt[-1:] for prompt in prompt_ids], device=lm.device)
         ids, mask = torch.cat([last, ids[:, :-1]], 1), torch.cat([torch.ones_like(last).bool(), mask[:, :-1]], 1)
@@ -371,14 +370,14 @@ class LanguageAgent(nn.Module):
         Returns: (logp, entropy, values): (B, L), zero where masked; all policies but "token": (B, 1), whole actions."""
         prompt_ids, tries = self._tokenize(actions.prompt_ids, menus, policy)
         written = [tuple(row[m].tolist()) for row, m in zip(actions.ids, actions.mask)]
+        _check(all(row in trie[0] for row, trie in zip(written, tries or ())), "an action is no entry of its menu")
         if policy in RESTRICTED:
             log_pi = pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)    # (B, A)
             pick = torch.tensor([[trie[0].index(row)] for trie, row in zip(tries, written)], device=log_pi.device)
             return log_pi.gather(1, pick), _entropy(log_pi)[:, None], self.values(prompt_ids)[:, None]
         columns = self._tokens(prompt_ids, written, tries, critic=True)
-        logp, entropy, values = (F.pad(x, (0, actions.ids.shape[1] - x.shape[1])) for x in columns)       # (B, L) each
-        whole = logp.sum(1, True), entropy.sum(1, True), values[:, :1]
-        return whole if policy == "action" else (logp, entropy, values)
+        columns = tuple(F.pad(x, (0, actions.ids.shape[1] - x.shape[1])) for x in columns)                # (B, L) each
+        return columns if policy == "token" else (columns[0].sum(1, True), columns[1].sum(1, True), columns[2][:, :1])
 
 def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens=32):
     """A language agent that needs no download: a Llama of 2 layers × 64, one token a word, pre-trained in seconds.
@@ -445,7 +444,8 @@ class Config:
             x = METHODS[self.method][name]
             object.__setattr__(self, name, getattr(self, x) if isinstance(x, str) else x)
         _check_unit(**{name: getattr(self, name) for name in ("gamma", "lam", "gamma_token", "lam_token")})
-        _check(min(self.n_envs, self.n_steps, self.epochs, self.minibatches) >= 1, "a count is below 1")
+        _check(min(self.updates, self.n_envs, self.n_steps, self.epochs, self.minibatches) >= 1, "a count is below 1")
+        _check(min(self.lr, self.critic_lr, self.entropy_coef) >= 0, "a step size or the entropy's weight is negative")
 
 @torch.no_grad()
 def collect(agent, players, config, generator, episodes):
@@ -579,7 +579,7 @@ def main(argv=None):
         methods = args.method.split(",") if args.method else able
         _check(set(methods) <= set(able), f"cannot run {args.method} on {args.env}: choose from {', '.join(able)}")
         torch.set_num_threads(1 if args.model == "tiny" else torch.get_num_threads())     # it is too small to share
-        for seed in range(args.seed, args.seed + args.seeds):
+        for seed in range(args.seed, args.seed + max(args.seeds, 1)):
             start = load_agent(args.model, env_fn, seed, args.device)
             for method in methods:
                 config = Config(method, seed=seed, **preset | ({"updates": args.updates} if args.updates else {}))
@@ -590,10 +590,11 @@ def main(argv=None):
                     bar.set_postfix(success=metrics["success_rate"])
     except KeyboardInterrupt:
         print("interrupted: what was measured so far is kept")
-    except ValueError as error:
-        parser.error(error)
-    if runs := [run for run in runs if run["metrics"]]:
-        report(runs, Path(args.out or f"runs/{args.env}.json"))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        parser.error(" ".join(str(error).split()))
+    finally:
+        if runs := [run for run in runs if run["metrics"]]:
+            report(runs, Path(args.out or f"runs/{args.env}.json"))
 
 if __name__ == "__main__":
     main()
