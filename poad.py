@@ -125,9 +125,10 @@ def _recurrence(b, c, last):
     """x_n = b_n + c_n x_{n+1} for all n at once, x_N = last: (B, N), (B, N), (B,) → (B, N + 1).
     A loop would be  x = last;  for n = N−1 … 0:  x = b[n] + c[n] * x.  Here each of log₂ N steps puts the equation
     into itself and doubles the distance k at which  x_n = b_n + c_n x_{n+k}  holds."""
-    b, c, k = torch.cat([b, last[:, None]], 1), F.pad(c, (0, 1)), 1
+    b, k = torch.cat([b, last[:, None]], 1), 1
     while k < b.shape[1]:
-        b, c, k = b + c * F.pad(b[:, k:], (0, k)), c * F.pad(c[:, k:], (0, k)), 2 * k
+        b[:, :-k] += c * b[:, k:]                                  # c: one entry for every n whose n + k is in the row
+        c, k = c[:, :-k] * c[:, k:], 2 * k
     return b
 
 @torch.no_grad()
@@ -247,9 +248,13 @@ def _pad(rows, side="right"):                # R lists of token ids → one tens
     ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1, side)
     return ids.clamp(min=0), ids >= 0
 def _distinct(rows):                         # → the number of one row of each kind; for each row the number of its kind
-    kinds, rows = {}, list(rows)
-    which = [kinds.setdefault(row, len(kinds)) for row in rows]
-    return [rows.index(row) for row in kinds], which
+    first = {row: b for b, row in reversed(list(enumerate(rows)))}
+    kind = {row: u for u, row in enumerate(first)}
+    return list(first.values()), [kind[row] for row in rows]
+def _allow(free, places, size):              # booleans (…, V): every token where free, at (index …, token) that token
+    allowed = free[..., None].repeat(*[1] * free.dim(), size)
+    allowed[tuple(torch.tensor(places, device=free.device).T)] = True
+    return allowed
 
 class LanguageAgent(nn.Module):
     """A transformers causal LM, with its tokenizer, that writes actions; and a critic, V(o, w<ʲ) before each token:
@@ -297,17 +302,14 @@ class LanguageAgent(nn.Module):
         return self._forward(lm, ids, mask, cache, seen[which])
 
     def _tokens(self, prompt_ids, written, tries=None, critic=False):
-        """log π, entropy and V (if asked for) of every token of R sequences: (R, L), zero where masked.
-        Each distinct row is computed once. A critic that is a head sends no gradient into the features it borrows."""
-        first, which = _distinct(zip(prompt_ids, written, map(id, tries) if tries else written))
+        """log π, entropy and, if asked for, V of every token of R sequences: (R, L), 0 where masked."""
+        first, which = _distinct(list(zip(prompt_ids, written, map(id, tries) if tries else written)))
         prompt_ids, written, tries = (x and [x[r] for r in first] for x in (prompt_ids, written, tries))
         ids, mask = (x.to(self.lm.device) for x in _pad(written))
-        (logits, features, *_), allowed = self._read(self.lm, prompt_ids, ids, mask), None
-        if tries:
-            hits = [(r, j, w) for r, row in enumerate(written) for j in range(len(row)) for w in tries[r][1][row[:j]]]
-            allowed = (~mask[..., None]).repeat(1, 1, logits.shape[-1])
-            allowed[tuple(torch.tensor(hits, device=ids.device).T)] = True
-        log_pi = menu_logp(logits, allowed)                                                               # (R, L, V)
+        logits, features, *_ = self._read(self.lm, prompt_ids, ids, mask)
+        places = tries and [(r, j, w) for r, row in enumerate(written) for j in range(len(row))
+                            for w in tries[r][1][row[:j]]]
+        log_pi = menu_logp(logits, tries and _allow(~mask, places, logits.shape[-1]))                     # (R, L, V)
         columns = [log_pi.gather(-1, ids[..., None]).squeeze(-1), _entropy(log_pi)]
         if critic:
             features = self._read(self.critic_lm, prompt_ids, ids, mask)[1] if self.critic_lm else features.detach()
@@ -320,8 +322,8 @@ class LanguageAgent(nn.Module):
 
     def score(self, prompts, menus, policy="glam"):
         """Σ_j log p(wʲ|o, w<ʲ), unrestricted and without eos, of every menu entry: a list of (A_i,), with gradient.
-        Each distinct prompt is read once and its cache shared by its menu. "twosome" divides by the number of words;
-        "token" and "action" sum log π, restricted to the menu and with eos. π(a|o) is the softmax over the menu."""
+        "twosome" divides by the number of words; "token" sums log π, restricted to the menu and with eos. The softmax
+        over a menu is π(a|o). Each distinct prompt is read once and its cache shared by its menu."""
         (prompt_ids, tries), raw = self._tokenize(prompts, menus, policy), policy in RESTRICTED
         rows = [(p, entry[:-1] if raw else entry, trie) for p, trie in zip(prompt_ids, tries) for entry in trie[0]]
         prompt_ids, written, owners = zip(*rows)
@@ -329,35 +331,36 @@ class LanguageAgent(nn.Module):
         words = [len(text.split()) if policy == "twosome" else 1 for menu in menus for text in menu]
         return list((scores / scores.new_tensor(words)).split([len(menu) for menu in menus]))
 
-    def _write(self, prompt_ids, greedy, generator):
-        """Free text, token by token until eos or the limit: B tuples of ids, and log π of each whole text (B, 1)."""
+    def _write(self, prompt_ids, tries, greedy, generator):
+        """Write token by token, free text or in tries, until eos or the limit: B tuples of ids; log π(a|o) (B, 1)."""
         writing = torch.ones(len(prompt_ids), 1, dtype=torch.bool, device=self.lm.device)
         logits, _, cache, seen = self._read(self.lm, prompt_ids, writing.long(), writing)
         written, logp = [() for _ in prompt_ids], torch.zeros(writing.shape, device=self.lm.device)
         while True:
-            token = _sample(log_pi := menu_logp(logits[:, -1], None), greedy, generator)
+            places = tries and [(b, w) for b, row in enumerate(written) for w in tries[b][1].get(row, ())]
+            log_pi = menu_logp(logits[:, -1], tries and _allow(~writing[:, 0], places, logits.shape[-1]))   # (B, V)
+            token = _sample(log_pi, greedy, generator)
             logp += torch.where(writing, log_pi.gather(1, token), 0)
             written = [row + (w,) if go else row for row, w, go in zip(written, token[:, 0].tolist(), writing[:, 0])]
             writing = writing & (token != self.tokenizer.eos_token_id)
-            if not writing.any() or max(map(len, written)) == self.max_new_tokens:
+            if not writing.any() or not tries and max(map(len, written)) == self.max_new_tokens:
                 return written, logp
             logits, _, cache, seen = self._forward(self.lm, token, writing, cache, seen, keep=1)
 
     @torch.no_grad()
     def act(self, prompts, menus=None, policy="token", greedy=False, generator=None):
-        """Write an action for each of B prompts.
+        """Write an action for each of B prompts (strings), given B menus (lists of strings) or None. → Actions
         "token": π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's trie and renormalised; without menus,
-        free text up to max_new_tokens. "action": the same, kept as one log π(a|o). "glam", "twosome": see `score`.
-        Args: prompts: B strings; menus: B lists of strings, or None; generator: a CPU torch.Generator.  → Actions"""
+        free text up to max_new_tokens. "action": the same, kept as one log π(a|o). "glam", "twosome": see `score`."""
         prompt_ids, tries = self._tokenize(prompts, menus, policy)
-        if menus is None:
-            written, logp = self._write(prompt_ids, greedy, generator)
-            text = [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in written]
+        if policy not in RESTRICTED and (not menus or greedy or max(map(len, menus)) > 32):    # too long to read it all
+            written, logp = self._write(prompt_ids, tries, greedy, generator)
         else:
             log_pi = pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)    # (B, A)
             pick = _sample(log_pi, greedy, generator)
-            logp, pick = log_pi.gather(1, pick), pick[:, 0].tolist()
-            text, written = ([x[i] for x, i in zip(xs, pick)] for xs in (menus, [trie[0] for trie in tries]))
+            written, logp = [trie[0][a] for trie, a in zip(tries, pick)], log_pi.gather(1, pick)
+        text = [menu[trie[0].index(row)] for menu, trie, row in zip(menus, tries, written)] if menus else \
+            [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in written]
         ids, mask = (x.to(self.lm.device) for x in _pad(written))
         actions = Actions(text, prompt_ids, ids, mask, None, None, None)
         actions.logp, actions.entropy, actions.values = self.evaluate(actions, menus, policy)
@@ -382,8 +385,7 @@ class LanguageAgent(nn.Module):
 def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens=32):
     """A language agent that needs no download: a Llama of 2 layers × 64, one token a word, pre-trained in seconds.
     It reads observations and random admissible actions: it speaks the language and knows nothing of the dynamics."""
-    env, pairs = env_fn(), {}
-    obs, _ = env.reset(seed=seed)
+    obs, pairs = (env := env_fn()).reset(seed=seed)[0], {}
     for _ in range(3000):
         pairs[obs, action := env.random_action()] = None
         obs, _, *over, _ = env.step(action)
@@ -411,8 +413,7 @@ METHODS = {  # policy: who samples, and what gets one credit; γ_w, λ_w (a name
     "twosome": dict(policy="twosome", gamma_token=1.0,     lam_token=1.0,   lr=3e-3, color="tab:green"),
     "action":  dict(policy="action",  gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:orange"),
     "ntpo":    dict(policy="token",   gamma_token="gamma", lam_token="lam", lr=3e-4, color="tab:red"),
-    "poad":    dict(policy="token",   gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:blue"),
-}
+    "poad":    dict(policy="token",   gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:blue")}
 PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=30)}     # where an environment needs its own
 
 @dataclass(frozen=True)
@@ -481,9 +482,9 @@ def assign(config, mask, values, rewards, done, last_values):
 
 def ppo_update(agent, optimizer, rollout, config, generator):
     """One PPO update on what `collect` returned; returns diagnostics, averaged over the minibatches used.
-    The unit of loss, entropy and KL is the action: a mean over tokens times the tokens per action is a sum over an
-    action's tokens, averaged over actions. Forced tokens (entropy 0) have no gradient: they stay in the stream of
-    credit and the critic's loss, and out of the advantages' mean and deviation and all other means."""
+    The unit of loss, entropy and KL is the action: a mean over tokens times the tokens per action is a sum over its
+    tokens, averaged over actions. Forced tokens (entropy 0) have no gradient: they stay in the stream of credit and
+    the critic's loss, and out of the advantages' mean and deviation and all other means."""
     (actions, menus, *outcome), policy, stats = rollout, METHODS[config.method]["policy"], []
     old_logp, old_values, choice = actions.logp, actions.values, actions.entropy > 0
     mask = actions.mask[:, :old_logp.shape[1]]                                     # of tokens, or one slot an action
@@ -545,8 +546,7 @@ def report(runs, out):
     import matplotlib.pyplot as plt
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"runs": runs}, indent=1))
-    fig, ax = plt.subplots(layout="constrained")
-    ax.set(xlabel="environment steps", ylabel="success rate, last 100 episodes", ylim=(-0.03, 1.03))
+    fig, ax = plt.subplots(layout="constrained", subplot_kw=dict(xlabel="environment steps", ylabel="success rate"))
     print("method         success  mean return   steps to 90 %   seconds")
     for method in dict.fromkeys(run["config"]["method"] for run in runs):
         rows = []
@@ -572,9 +572,9 @@ def main(argv=None):
             ("seed", 0, "the first"), ("seeds", 1, "how many"), ("out", "", "JSON file; default runs/ENV.json")):
         parser.add_argument("--" + flag, type=type(default), default=default, help=text)
     args, runs = parser.parse_args(argv), []
+    wording = {"wording": args.wording or "long"} if args.wording or args.env == "food" else {}
+    env_fn, preset = partial(make, args.env, **wording), PRESETS.get(args.env, {})
     try:
-        wording = {"wording": args.wording or "long"} if args.wording or args.env == "food" else {}
-        env_fn, preset = partial(make, args.env, **wording), PRESETS.get(args.env, {})
         able = [m for m in METHODS if METHODS[m]["policy"] not in RESTRICTED or "menu" in env_fn().reset(seed=0)[1]]
         methods = args.method.split(",") if args.method else able
         _check(set(methods) <= set(able), f"cannot run {args.method} on {args.env}: choose from {', '.join(able)}")

@@ -23,7 +23,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import envs
 import poad
-from envs import ENVS, FOOD_UNSEEN, TokenMDP, lunch_mdp, make, random_mdp
+from envs import FOOD_UNSEEN, TokenMDP, lunch_mdp, make, random_mdp
 from poad import (METHODS, Config, LanguageAgent, action_backup, action_policy, assign, bad_backup, bad_discounts, gae,
                   masked_mean, menu_logp, menu_trie, normalize, ppo_policy_loss, solve, state_values, tiny_agent,
                   token_backup, train, value_loss)
@@ -56,7 +56,7 @@ def near(actual, expected, hint, mistakes=None, tol=1e-9):
             hint = f"NaN: contents of padding or of invalid tokens leaked (0 * NaN is NaN, so select); {hint}"
         worst = (actual - expected).abs().nan_to_num(0, posinf=INF).flatten().argmax()
         pytest.fail(f"{hint}: got {actual.tolist()}, expected {expected.tolist()}" if actual.numel() <= 20 else
-                    f"{hint}: got {actual.flatten()[worst]:.12g} for {expected.flatten()[worst]:.12g} at worst")
+                    f"{hint}: at worst {actual.flatten()[worst]:.12g}, expected {expected.flatten()[worst]:.12g}")
 
 
 def refuses(call, *words):
@@ -296,13 +296,13 @@ def test_bad_backup_credit_adds_up(seed):
     mdp, sums = random_mdp(seed), []
     kwargs, token_kwargs = settings("policy", mdp)
     bad, naive = exact(mdp, 0.8, **kwargs)[1], exact(mdp, 0.8, 0.8, **kwargs)[1]
-    for q in (bad_backup(bad, mdp, 0.8, **token_kwargs), token_backup(naive, mdp, 0.8, 0.8, **token_kwargs)):
+    for q in (bad_backup(bad, mdp, 0.8, **token_kwargs), naive):
         advantage = t(q) - (token_kwargs["policy"] * t(q).clamp(min=-1e9)).sum(-1, keepdim=True)
         sums.append(torch.stack([along(advantage, mdp, tokens).sum(-1) for tokens in mdp.actions], -1))      # (S, A)
     q, _ = exact(mdp, 0.8, **kwargs)
     a = q - (kwargs["policy"] * q).sum(-1, keepdim=True)
     near(sums[0], a, "the credit does not add up: is gamma applied inside the action?")
-    assert (sums[1] - a).abs().max() > 1e-3, "gamma_token is ignored: naive credit must not add up"
+    assert (sums[1] - a).abs().max() > 1e-3, "naive credit must not add up on this MDP"
 
 
 @ON_RANDOM_MDPS
@@ -319,17 +319,15 @@ def test_bad_backup_gives_the_policy_gradient(seed):
     j_gradient, = torch.autograd.grad(visits @ (policy * t(mdp.reward)).sum(-1), theta, retain_graph=True)
     reach = token_table(mdp, lambda s, j, actions: policy[s, actions].sum().detach()).clamp(min=0)  # π(w^{≤j} | s)
 
-    def cosine_and_gradient(gamma_token):
-        table = exact(mdp, 0.8, gamma_token, policy.detach())[1]
-        given = {"policy": logp.exp().detach()}
-        q = t(bad_backup(table, mdp, 0.8, **given) if gamma_token == 1 else token_backup(table, mdp, .8, .8, **given))
-        q = q.clamp(min=-1e9)
-        advantage = q - (given["policy"] * q).sum(-1, keepdim=True)
-        weight = visits.detach()[:, None, None] * reach * advantage                                # (S, N, V)
-        gradient, = torch.autograd.grad((weight * logp).sum(), theta, retain_graph=True)
-        return torch.cosine_similarity(gradient.flatten(), j_gradient.flatten(), dim=0), gradient
-    near(cosine_and_gradient(1.)[1], j_gradient, "not the gradient of the action level: gamma inside the action?")
-    assert cosine_and_gradient(.8)[0] < 1 - 1e-5, "gamma_token is ignored: the naive gradient must point elsewhere"
+    def gradient(q):
+        q, token_policy = t(q).clamp(min=-1e9), logp.exp().detach()
+        weight = visits.detach()[:, None, None] * reach * (q - (token_policy * q).sum(-1, keepdim=True))   # (S, N, V)
+        return torch.autograd.grad((weight * logp).sum(), theta, retain_graph=True)[0]
+    bad, naive = (exact(mdp, 0.8, gamma_token, policy.detach())[1] for gamma_token in (1., 0.8))
+    near(gradient(bad_backup(bad, mdp, 0.8, policy=logp.exp().detach())), j_gradient,
+         "not the gradient of the action level: gamma inside the action?")
+    cosine = torch.cosine_similarity(gradient(naive).flatten(), j_gradient.flatten(), dim=0)
+    assert cosine < 1 - 1e-5, "the naive gradient must point elsewhere on this MDP"
 
 
 def test_bad_backup_refuses_bad_input():
@@ -539,12 +537,12 @@ def test_gae_lambda_at_every_token_loses_credit():
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_gae_targets_are_constants(dtype):
     """No gradient, the dtype of the values, and untouched inputs."""
-    given = [torch.tensor([row], dtype=dtype) for row in (R, V, D, LAM)]
+    given = [t([R]), torch.tensor([V], dtype=dtype), t([D]), t([LAM])]
     copies = [x.clone() for x in given]
     given[1].requires_grad_()
-    for x in gae(*given, torch.tensor([[1, 1, 1, 0]]), torch.ones(1, dtype=dtype)):
+    for x in gae(*given, torch.tensor([[1, 1, 1, 0]]), t([1.])):
         assert not x.requires_grad, "the critic would be trained through its own target: detach"
-        assert x.dtype == dtype, f"{dtype} went in, {x.dtype} came out"
+        assert x.dtype == dtype, f"values are {dtype}, but {x.dtype} came out"
     assert all(map(torch.equal, given, copies)), "an input was changed in place"
 
 
@@ -693,12 +691,12 @@ def test_value_loss_is_half_the_squared_error(dtype):
 
 
 @pytest.mark.parametrize("value, old, target, clip, loss, gradient, why", [
-    (3., 1., 5., .5, 6.125, 0., "v counts as 1½, which is farther from 5: ½·3½², no gradient"),
-    (3., 1., 0., .5, 4.5, 3., "v counts as 1½, which is nearer to 0: ½·3² is larger"),
-    (-1., 1., -3., .5, 6.125, 0., "v counts as ½, which is farther from -3: ½·3½², no gradient"),
-    (-1., 1., 2., .5, 4.5, -3., "v counts as ½, which is nearer to 2: ½·3² is larger"),
-    (1.25, 1., 2., .5, .28125, -.75, "v moved by ¼ only, nothing is clipped: ½·¾²"),
-    (3., 1., 5., 0., 8., 0., "clip = 0 is not None: v counts as 1, ½·4²")])
+    (4., 2., 6., .5, 6.125, 0., "v counts as 2½, which is farther from 6: ½·3½², no gradient"),
+    (4., 2., 1., .5, 4.5, 3., "v counts as 2½, which is nearer to 1: ½·3² is larger"),
+    (0., 2., -2., .5, 6.125, 0., "v counts as 1½, which is farther from -2: ½·3½², no gradient"),
+    (0., 2., 3., .5, 4.5, -3., "v counts as 1½, which is nearer to 3: ½·3² is larger"),
+    (2.25, 2., 1., .5, .78125, 1.25, "v moved by ¼ only, nothing is clipped: ½·1¼²"),
+    (4., 2., 6., 0., 8., 0., "clip = 0 is not None: v counts as 2, ½·4²")])
 def test_value_loss_clip(value, old, target, clip, loss, gradient, why):
     """With a clip: the larger of the errors of v and of old + clamp(v - old, -clip, clip)."""
     values = torch.tensor([[value, NAN]], dtype=torch.float64, requires_grad=True)
