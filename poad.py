@@ -535,11 +535,11 @@ def load_agent(model, env_fn, seed=0, device="cpu"):
         return tiny_agent(env_fn, seed).to(device)
     where, options = (Path(model).parent, {"gguf_file": Path(model).name}) if model.endswith(".gguf") else (model, {})
     try:
-        lm, tokenizer = (kind.from_pretrained(where, **options) for kind in (AutoModelForCausalLM, AutoTokenizer))
+        lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+        return LanguageAgent(lm, AutoTokenizer.from_pretrained(where, **options)).to(device)
     except Exception as error:                                       # whatever a loader raises, the user typed a name
         raise ValueError(f"cannot load the model {model!r}: expected tiny, a hub id, a local folder or a .gguf file "
                          f"({' '.join(str(error).split())[:90]}…)") from error
-    return LanguageAgent(lm.float(), tokenizer).to(device)
 
 def report(runs, out):
     """Write the runs to the JSON file `out`, their curves beside it, and print a table: mean ± std over seeds."""

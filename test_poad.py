@@ -716,6 +716,14 @@ def test_value_loss_refuses_bad_input(clip):
     refuses_shapes(value_loss, 4, clip)
 
 
+@pytest.mark.parametrize("module", (poad, envs))
+def test_docstring_examples_are_true(module):
+    """The examples in docstrings are run; poad's exercise functions have one each."""
+    results = doctest.testmod(module)
+    assert results.failed == 0, f"an example in {module.__name__}.py does not give what its docstring says"
+    assert module is envs or results.attempted >= 8
+
+
 NO_STEP = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")  # where ppo_update is replaced
 
 # ------------------------------------------------------------------ helpers of the agent's tests
