@@ -12,7 +12,7 @@ actions (γ) and never *inside* one (γ_w = 1). POAD is PPO with BAD: critic, ad
     π(w|o,w<)  logp, policy         (log-)probability of a token                 (B, N); tables (S, N, V)
     A          advantages           credit of a token                            (B, N)
 B rows (environments, or written actions) · N token slots of a row (tables: prefixes) · T steps · L tokens of an action
-S states · A actions (of a menu) · V vocabulary · U distinct prompts · R rows read · H features"""
+S states · A actions (of a menu) · V vocabulary · U distinct prompts · R rows read · H features; K, P, W widths"""
 import argparse
 import copy
 import json
@@ -74,8 +74,7 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
     Q(s, w<ʲ, wʲ) ← γ_w · V(s, w≤ʲ)                         inside the action, j < n       (Eq. 9, 13)
     Q(s, w<ⁿ, wⁿ) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s', ∅)    when wⁿ completes a            (Eq. 10, 14)
     γ_w = γ is the naive token level (NTPO), γ_w = 1 is BAD. Tokens that continue no action get −inf.
-    Args: q, policy: (S, N, V), N prefixes; mdp: TokenMDP; gamma, gamma_token: in [0, 1].  Returns: (S, N, V), float64.
-    """
+    Args: q, policy: (S, N, V), N prefixes; mdp: TokenMDP; gamma, gamma_token: in [0, 1].   → (S, N, V), float64."""
     _check_unit(gamma=gamma, gamma_token=gamma_token)
     q = torch.as_tensor(q, dtype=torch.float64)
     inside, complete = mdp.child >= 0, mdp.leaf >= 0                                      # (N, V): goes on | completes
@@ -136,9 +135,9 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
     """Generalized advantage estimation on a masked stream of tokens (arXiv 1506.02438, Eq. 16).
     δ_n = r_n + γ_n v_{n+1} − v_n        A_n = δ_n + γ_n λ_n A_{n+1}        returns_n = A_n + v_n
     v_{n+1} is the value of the next *written* token; a masked slot has no reward, value or decay and may hold anything.
-    With λ_w = 1 inside actions, our default, an action's first token gets exactly the action-level GAE(λ); the paper's
-    code decays λ at every token, which leaves a 5-token action .95⁴ = .81 of its credit. A time limit is no
-    termination: its bootstrap enters as r_n + γ V(o_next) with discount 0.
+    With γ_w = λ_w = 1 (POAD here) an action's first token gets exactly the action-level GAE(λ); the paper's code decays
+    λ at every token, which leaves a 5-token action .95⁴ = .81 of its credit. A time limit is no termination: its
+    bootstrap enters as r_n + γ V(o_next) with discount 0.
     Args: rewards, values, discounts (see `bad_discounts`), mask: (B, N); lambdas: scalar or (B, N), λ at action ends
       and λ_w inside; last_values: (B,).   Returns: (advantages, returns), (B, N), zero where masked, no gradient.
     >>> one = torch.ones(1, 3)                            # an action of three tokens, reward 1 at its end, values ½
@@ -170,8 +169,8 @@ def normalize(x, mask):
     """(x − μ) / (σ + 1e-8) with mean μ and population σ of the real entries, a true zero included; zero where masked.
     >>> normalize(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
     tensor([-1.,  1.,  0.])"""
-    centred = x - masked_mean(x, mask)
-    return torch.where(mask.bool(), centred / (masked_mean(centred ** 2, mask).sqrt() + 1e-8), 0)
+    centred = torch.where(mask.bool(), x - masked_mean(x, mask), 0)
+    return centred / (masked_mean(centred ** 2, mask).sqrt() + 1e-8)
 
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     """PPO's clipped surrogate (arXiv 1707.06347, Eq. 7), averaged over real tokens, or whole actions.
@@ -186,11 +185,11 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     log_ratio, advantages = (logp - old_logp)[mask.bool()], advantages[mask.bool()]
     ratio, all_real = log_ratio.exp(), torch.ones_like(log_ratio)
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    info = {"kl": ratio - 1 - log_ratio, "clip_fraction": (ratio - 1).abs() > clip}
+    info = {"kl": ratio - 1 - log_ratio, "clip_fraction": ((ratio - 1).abs() > clip).to(ratio)}
     return -masked_mean(objective, all_real), {name: masked_mean(x.detach(), all_real) for name, x in info.items()}
 
 def value_loss(values, old_values, returns, mask, clip=None):
-    """Squared error of the critic; with ε the larger of it and that of a step clipped to ±ε.
+    """Squared error of the critic against returns R; with ε the larger of it and that of a step clipped to ±ε.
     loss = mean ½ (V − R)²    or    mean ½ max( (V − R)², (V_old + clamp(V − V_old, −ε, ε) − R)² )
     Args: values, old_values, returns, mask: (B, N); clip: ε or None.   Returns: scalar.
     >>> value_loss(torch.tensor([[3.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.ones(1, 1)).item()
@@ -204,7 +203,7 @@ def value_loss(values, old_values, returns, mask, clip=None):
     return masked_mean(error / 2, torch.ones_like(error))
 
 # ---------------------------------------------------------------- language agent
-RESTRICTED, POLICIES = ("glam", "twosome"), ("token", "action", "glam", "twosome")      # the first two need a menu
+RESTRICTED, POLICIES = ("glam", "twosome"), ("token", "action", "glam", "twosome")      # RESTRICTED need a menu
 
 @dataclass
 class Actions:
@@ -237,7 +236,7 @@ def menu_logp(logits, allowed):
     Args: logits: (..., V); allowed: (..., V) booleans, or None: all.   Returns: (..., V), float32.
     >>> menu_logp(torch.tensor([0.0, 0.0, 5.0]), torch.tensor([True, True, False])).exp()
     tensor([0.5000, 0.5000, 0.0000])"""
-    return (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)).float().log_softmax(-1)
+    return (logits if allowed is None else logits.masked_fill(~allowed.bool(), -torch.inf)).float().log_softmax(-1)
 
 def _entropy(log_pi):                        # H = −Σ π log π over the last axis; −inf marks what cannot be sampled
     return -(log_pi.exp() * log_pi.masked_fill(log_pi.isneginf(), 0)).sum(-1)
@@ -334,7 +333,7 @@ class LanguageAgent(nn.Module):
     def _write(self, prompt_ids, tries, greedy, generator):
         """Write token by token, free text or in tries, until eos or the limit: B tuples of ids; log π(a|o) (B, 1)."""
         writing = torch.ones(len(prompt_ids), 1, dtype=torch.bool, device=self.lm.device)
-        logits, _, cache, seen = self._read(self.lm, prompt_ids, writing.long(), writing)
+        logits, _, cache, seen = self._read(self.lm, prompt_ids, writing.long(), writing)       # that token is not read
         written, logp = [() for _ in prompt_ids], torch.zeros(writing.shape, device=self.lm.device)
         while True:
             places = tries and [(b, w) for b, row in enumerate(written) for w in tries[b][1].get(row, ())]
@@ -343,7 +342,7 @@ class LanguageAgent(nn.Module):
             logp += torch.where(writing, log_pi.gather(1, token), 0)
             written = [row + (w,) if go else row for row, w, go in zip(written, token[:, 0].tolist(), writing[:, 0])]
             writing = writing & (token != self.tokenizer.eos_token_id)
-            if not writing.any() or not tries and max(map(len, written)) == self.max_new_tokens:
+            if not writing.any() or (not tries and max(map(len, written)) == self.max_new_tokens):
                 return written, logp
             logits, _, cache, seen = self._forward(self.lm, token, writing, cache, seen, keep=1)
 
@@ -353,7 +352,7 @@ class LanguageAgent(nn.Module):
         "token": π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's trie and renormalised; without menus,
         free text up to max_new_tokens. "action": the same, kept as one log π(a|o). "glam", "twosome": see `score`."""
         prompt_ids, tries = self._tokenize(prompts, menus, policy)
-        if policy not in RESTRICTED and (not menus or greedy or max(map(len, menus)) > 32):    # too long to read it all
+        if policy not in RESTRICTED and (not menus or greedy or max(map(len, menus)) > 32):    # > 32: long to read
             written, logp = self._write(prompt_ids, tries, greedy, generator)
         else:
             log_pi = pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)    # (B, A)
@@ -364,7 +363,7 @@ class LanguageAgent(nn.Module):
         ids, mask = (x.to(self.lm.device) for x in _pad(written))
         actions = Actions(text, prompt_ids, ids, mask, None, None, None)
         actions.logp, actions.entropy, actions.values = self.evaluate(actions, menus, policy)
-        assert torch.allclose(actions.logp.sum(1, True), logp, atol=1e-2), "what is stored is not what sampled"
+        assert torch.allclose(actions.logp.sum(1, True), logp, atol=1e-2), "what is stored did not sample (not float32?)"
         return actions
 
     def evaluate(self, actions, menus=None, policy="token"):
@@ -372,7 +371,7 @@ class LanguageAgent(nn.Module):
         Each distinct (prompt, menu, action) is computed once, with logits for action positions only.
         Returns: (logp, entropy, values): (B, L), zero where masked; all policies but "token": (B, 1), whole actions."""
         prompt_ids, tries = self._tokenize(actions.prompt_ids, menus, policy)
-        written = [tuple(row[m].tolist()) for row, m in zip(actions.ids, actions.mask)]
+        written = [tuple(row[m.bool()].tolist()) for row, m in zip(actions.ids, actions.mask)]
         _check(all(row in trie[0] for row, trie in zip(written, tries or ())), "an action is no entry of its menu")
         if policy in RESTRICTED:
             log_pi = pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)    # (B, A)
@@ -418,7 +417,7 @@ PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=30)}   
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob of a run. None: the method's own, from METHODS."""
+    """Every knob of a run. None: the method's own, from METHODS, filled in once (so make a new Config per method)."""
     method: str = "poad"          # a row of METHODS
     updates: int = 24             # rollouts, each followed by one PPO update
     seed: int = 0                 # of environments, sampling and minibatches
@@ -446,7 +445,7 @@ class Config:
             object.__setattr__(self, name, getattr(self, x) if isinstance(x, str) else x)
         _check_unit(**{name: getattr(self, name) for name in ("gamma", "lam", "gamma_token", "lam_token")})
         _check(min(self.updates, self.n_envs, self.n_steps, self.epochs, self.minibatches) >= 1, "a count is below 1")
-        _check(min(self.lr, self.critic_lr, self.entropy_coef) >= 0, "a step size or the entropy's weight is negative")
+        _check(min(self.lr, self.critic_lr, self.entropy_coef, self.clip, self.kl_stop or 0) >= 0, "a knob is negative")
 
 @torch.no_grad()
 def collect(agent, players, config, generator, episodes):
@@ -482,18 +481,18 @@ def assign(config, mask, values, rewards, done, last_values):
 
 def ppo_update(agent, optimizer, rollout, config, generator):
     """One PPO update on what `collect` returned; returns diagnostics, averaged over the minibatches used.
-    The unit of loss, entropy and KL is the action: a mean over tokens times the tokens per action is a sum over its
-    tokens, averaged over actions. Forced tokens (entropy 0) have no gradient: they stay in the stream of credit and
-    the critic's loss, and out of the advantages' mean and deviation and all other means."""
+    The unit of policy loss, entropy and KL is the action: a mean over tokens times the tokens per action is a sum over
+    its tokens, averaged over actions. The critic has a mean over tokens. Forced tokens (entropy 0) have no gradient:
+    they count in the stream of credit and for the critic, and not in the advantages' μ and σ or any other mean."""
     (actions, menus, *outcome), policy, stats = rollout, METHODS[config.method]["policy"], []
     old_logp, old_values, choice = actions.logp, actions.values, actions.entropy > 0
     mask = actions.mask[:, :old_logp.shape[1]]                                     # of tokens, or one slot an action
     advantages, returns = assign(config, mask, old_values, *outcome)
     advantages = normalize(advantages, choice if choice.any() else mask)
-    for i in [i for _ in range(config.epochs)
-              for i in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[i].any()]:
+    for i in [k for _ in range(config.epochs)
+              for k in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[k].any()]:
         logp, entropy, values = agent.evaluate(actions.rows(i), menus and [menus[row] for row in i], policy)
-        assert stats or torch.allclose(logp, old_logp[i], atol=1e-3), "the policy to train is not the one that sampled"
+        assert stats or torch.allclose(logp, old_logp[i], atol=1e-3), "what is trained is not what sampled (float32?)"
         policy_loss, info = ppo_policy_loss(logp, old_logp[i], advantages[i], choice[i], config.clip)
         critic_loss = value_loss(values, old_values[i], returns[i], mask[i], config.value_clip)
         per_action = choice[i].sum() / len(i)                                                     # choices per action
@@ -507,7 +506,7 @@ def ppo_update(agent, optimizer, rollout, config, generator):
             nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
         optimizer.step()
     unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-12)
-    means = dict(zip(("kl", "clip_fraction", "entropy", "value_loss"), map(mean, zip(*stats))))
+    means = dict(zip(("kl", "clip_fraction", "entropy", "value_loss"), map(mean, zip(*stats)) if stats else [None] * 4))
     return means | dict(minibatches=len(stats), tokens=mask.sum().item(), explained_variance=1 - unexplained.item())
 
 def train(agent, env_fn, config):
@@ -533,6 +532,7 @@ def load_agent(model, env_fn, seed=0, device="cpu"):
     """The tiny agent ("tiny"), or a causal LM from the hub, a local folder or a .gguf file; else ValueError."""
     if model == "tiny":
         return tiny_agent(env_fn, seed).to(device)
+    torch.manual_seed(seed)                                                          # the critic's first layer is drawn
     where, options = (Path(model).parent, {"gguf_file": Path(model).name}) if model.endswith(".gguf") else (model, {})
     try:
         lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
@@ -558,7 +558,7 @@ def report(runs, out):
         success, total, to_90, seconds = zip(*rows)
         print(f"{method:11}{mean(success):6.2f} ± {pstdev(success):.2f}{mean(total):7.2f} ± {pstdev(total):.2f}"
               f"{median(to_90):>16.0f}{mean(seconds):>10.0f}")
-    ax.legend()
+    ax.legend(title=f"Who learns {runs[0]['config']['env']}?")
     fig.savefig(out.with_suffix(".png"), dpi=130)
     print(f"curves: {out.with_suffix('.png')}   numbers: {out}")
 
@@ -594,7 +594,7 @@ def main(argv=None):
         parser.error(" ".join(str(error).split()))
     finally:
         if runs := [run for run in runs if run["metrics"]]:
-            report(runs, Path(args.out or f"runs/{args.env}.json"))
+            report(runs, Path(args.out or f"runs/{args.env}.json").with_suffix(".json"))
 
 if __name__ == "__main__":
     main()
