@@ -363,7 +363,7 @@ class LanguageAgent(nn.Module):
         ids, mask = (x.to(self.lm.device) for x in _pad(written))
         actions = Actions(text, prompt_ids, ids, mask, None, None, None)
         actions.logp, actions.entropy, actions.values = self.evaluate(actions, menus, policy)
-        assert torch.allclose(actions.logp.sum(1, True), logp, atol=1e-2), "what is stored did not sample (not float32?)"
+        assert torch.allclose(actions.logp.sum(1, True), logp, atol=1e-2), "what is stored did not sample (float32?)"
         return actions
 
     def evaluate(self, actions, menus=None, policy="token"):
