@@ -551,11 +551,11 @@ def report(runs, out):
     for method in dict.fromkeys(run["config"]["method"] for run in runs):
         rows = []
         for curve in [run["metrics"] for run in runs if run["config"]["method"] == method]:
-            steps, rate = zip(*((m["env_steps"], m["success_rate"] or 0.0) for m in curve))
-            ax.plot(steps, rate, color=METHODS[method]["color"], label=None if rows else method)
+            rate = [m["success_rate"] if m["episodes"] > 15 else torch.nan for m in curve]  # the first to end are short
+            ax.plot([m["env_steps"] for m in curve], rate, METHODS[method]["color"], label=None if rows else method)
             to_90 = [m["env_steps"] for m in curve if m["episodes"] >= 30 and m["success_rate"] >= 0.9] + [torch.inf]
-            rows.append((rate[-1], curve[-1]["return_mean"] or 0.0, to_90[0], curve[-1]["seconds"]))
-        success, total, to_90, seconds = zip(*rows)
+            rows.append([curve[-1][name] or 0.0 for name in ("success_rate", "return_mean", "seconds")] + to_90[:1])
+        success, total, seconds, to_90 = zip(*rows)
         print(f"{method:11}{mean(success):6.2f} ± {pstdev(success):.2f}{mean(total):7.2f} ± {pstdev(total):.2f}"
               f"{median(to_90):>16.0f}{mean(seconds):>10.0f}")
     ax.legend(title=f"Who learns {runs[0]['config']['env']}?")
