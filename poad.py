@@ -413,7 +413,7 @@ METHODS = {  # policy: who samples, and what gets one credit; γ_w, λ_w (a name
     "action":  dict(policy="action",  gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:orange"),
     "ntpo":    dict(policy="token",   gamma_token="gamma", lam_token="lam", lr=3e-4, color="tab:red"),
     "poad":    dict(policy="token",   gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:blue")}
-PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=30)}     # where an environment needs its own
+PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=20, lr=1e-3)}  # where an environment needs it
 
 @dataclass(frozen=True)
 class Config:
@@ -577,7 +577,7 @@ def main(argv=None):
     try:
         able = [m for m in METHODS if METHODS[m]["policy"] not in RESTRICTED or "menu" in env_fn().reset(seed=0)[1]]
         methods = args.method.split(",") if args.method else able
-        _check(set(methods) <= set(able), f"cannot run {args.method} on {args.env}: choose from {', '.join(able)}")
+        _check(set(methods) <= set(able), f"not {args.method}: on {args.env} choose from {', '.join(able)}")
         torch.set_num_threads(1 if args.model == "tiny" else torch.get_num_threads())     # it is too small to share
         for seed in range(args.seed, args.seed + max(args.seeds, 1)):
             start = load_agent(args.model, env_fn, seed, args.device)
