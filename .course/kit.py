@@ -6,6 +6,7 @@ process of its own. The student's other functions are replaced by the reference,
 import argparse
 import ast
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -214,13 +215,15 @@ def in_words(test, error, filename="poad.py"):
 
 
 def failures(name, filename="poad.py", watch=lambda *line: None):
-    """What the tests of an exercise found: (test, message, named) of every failed case; those that name the mistake
-    come first. `watch` is told of every test before the next one begins."""
+    """What the tests of an exercise found: (test, message, named) of failed cases, up to the first that names the
+    mistake, which then comes first. `watch` is told of every test before the next one begins."""
     found = []
     for test, error in test_poad.verdicts(name):
         if error is not None:
             found.append((test, in_words(test, error, filename), getattr(error, "named", False)))
         watch(test, found)
+        if found and found[-1][2]:
+            break
     return sorted(found, key=lambda row: (row[0].endswith("refuses_bad_input"), not row[2]))
 
 
@@ -231,6 +234,7 @@ def examine(path, name, pipe):
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    faulthandler.disable()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):                                             # a solution may print what it likes
         os.dup2(nowhere, stream)
