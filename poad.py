@@ -62,7 +62,7 @@ def state_values(q, policy=None, temperature=0.0):
 
 def action_backup(q, mdp, gamma, policy=None, temperature=0.0):
     """Exercise 2 (2 points). One Bellman backup at action level: the whole action is one decision.
-    Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s')                                            (Eq. 4-5)
+    Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s')   (Eq. 4-5)      R = 1, γ = ½, P = (½, ½), V = (4, 12): 1 + ½ · 8 = 5
     Args: q, policy: (S, A); mdp: TokenMDP (`reward`, `transition`); gamma: in [0, 1].   → (S, A), float64."""
     _check_unit(gamma=gamma)
     q = torch.as_tensor(q, dtype=torch.float64)
@@ -73,8 +73,8 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
     """Exercise 3 (4 points). One Bellman backup at token level: every token is a decision.
     Q(s, w<ʲ, wʲ) ← γ_w · V(s, w≤ʲ)                         inside the action, j < n       (Eq. 9, 13)
     Q(s, w<ⁿ, wⁿ) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s', ∅)    when wⁿ completes a            (Eq. 10, 14)
-    γ_w = γ is naive (NTPO), γ_w = 1 is BAD. Tokens that continue no action get −inf, whatever q holds there.
-    Args: q, policy: (S, N, V), prefix 0 is ∅; mdp: TokenMDP (`child`, `leaf`); gamma, gamma_token: in [0, 1] → as q."""
+    γ_w = γ is naive (NTPO), γ_w = 1 is BAD: 3 tokens that pay 1 at the end are worth ¼, ½, 1 at γ_w = ½, else 1, 1, 1.
+    Args: q, policy: (S, N, V), ∅ is prefix 0; mdp: TokenMDP (`child`, `leaf`); γ, γ_w in [0, 1]. → as q, else −inf."""
     _check_unit(gamma=gamma, gamma_token=gamma_token)
     q = torch.as_tensor(q, dtype=torch.float64)
     inside, complete = mdp.child >= 0, mdp.leaf >= 0                                      # (N, V): goes on | completes
@@ -99,7 +99,7 @@ def solve(backup, q0, tol=1e-12, max_iters=100_000):
     raise RuntimeError(f"no fixed point after {max_iters} backups: the last one still moved an entry by {residual:.3g}")
 
 def action_policy(token_policy, mdp):
-    """Exercise 5 (2 points). Chain rule, (S, N, V) → (S, A): π(a|s) = Π_j π(wʲ|s, w<ʲ), w<ʲ a row of mdp.prefixes."""
+    """Exercise 5 (2 points). Chain rule, (S, N, V) → (S, A): π(a|s) = Π_j π(wʲ|s, w<ʲ), w<ʲ of mdp.prefixes: ½·¼=⅛."""
     token_policy, node = torch.as_tensor(token_policy), {prefix: n for n, prefix in enumerate(mdp.prefixes)}
     _check_shapes(table=torch.empty(len(mdp.reward), *mdp.child.shape), token_policy=token_policy)
     columns = [[token_policy[:, node[a[:j]], w] for j, w in enumerate(a)] for a in map(tuple, mdp.actions)]
@@ -320,8 +320,8 @@ class LanguageAgent(nn.Module):
 
     def score(self, prompts, menus, policy="glam"):
         """Exercise 13 (4 points). Σ_j log p(wʲ|o, w<ʲ), no eos, unrestricted, of every menu entry: list of (A_i,).
-        "twosome" divides by the number of words; "token" sums log π, restricted to the menu and with eos. The softmax
-        over a menu is π(a|o). With gradient; `_tokens` reads each distinct prompt once for its menu."""
+        "twosome" divides it by the number of words: ½ log ⅛ if p = ½, ¼ for "eat it". "token" sums log π, restricted to
+        the menu and with eos. The softmax over a menu is π(a|o). With gradient; `_tokens` reads a prompt only once."""
         (prompt_ids, tries), raw = self._tokenize(prompts, menus, policy), policy in RESTRICTED
         rows = [(p, entry[:-1] if raw else entry, trie) for p, trie in zip(prompt_ids, tries) for entry in trie[0]]
         prompt_ids, written, owners = zip(*rows)

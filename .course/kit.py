@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ HELPERS = {"gae": ("_recurrence",)}       # given functions that are most of a s
 ORACLES = ("pool", "exact", "along", "gae_loop", "test_assign_by_hand",      # solutions in other words: what uses them
            "_agent_read", "_agent_oracle", "_agent_raw", "_agent_log_policy")  # stays with the instructor
 ORDER = sorted(EXERCISES, key=EXERCISES.get)
-MEMORY = 16 << 30                         # address space of a submission, bytes; torch alone reserves some of it
+MEMORY = 4 << 30                          # bytes that a solution may take besides what python and torch have
 
 
 # ------------------------------------------------------------------ blank
@@ -67,7 +68,8 @@ def blank_poad(source, chosen):
 def blank_tests(source):
     """The tests that students get: those of exercises, without oracles, and what they need; unused imports go too."""
     lines, nodes = source.splitlines(keepends=True), ast.parse(source).body
-    uses = {name: {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} for node in nodes for name in names_of(node)}
+    uses = {name: {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+            for node in nodes for name in names_of(node)}
 
     def reach(names):
         seen = set()
@@ -150,7 +152,8 @@ def statements(source, offset=0):
             found += ast.parse("\n" * (offset + begin) + block).body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             name = re.search(r"^(?:def|class) +(\w+)|", block, re.M)[1] or ""
-            broken[name] = f"{type(error).__name__} in line {getattr(error, 'lineno', '?')}: {getattr(error, 'msg', error)}"
+            line, why = getattr(error, "lineno", "?"), getattr(error, "msg", error)
+            broken[name] = f"{type(error).__name__} in line {line}: {why}"
             methods = re.search(r"^    (?:@|def )", block, re.M)
             if name == "LanguageAgent" and methods:
                 at = block[:methods.start()].count("\n")
@@ -227,13 +230,14 @@ def failures(name, filename="poad.py", watch=lambda *line: None):
     return sorted(found, key=lambda row: (row[0].endswith("refuses_bad_input"), not row[2]))
 
 
-def examine(path, name, pipe):
-    """In a process of its own: graft, test, and send what was found, as text."""
+def examine(path, name, report):
+    """In a process of its own: graft, test, and write what was found, line by line, into the file `report`."""
     if hasattr(os, "setsid"):
         os.setsid()
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     faulthandler.disable()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):                                             # a solution may print what it likes
@@ -241,43 +245,43 @@ def examine(path, name, pipe):
     sys.path.append(str(path.parent))
 
     def send(**message):
-        pipe.send_bytes(json.dumps(message).encode())
+        with open(report, "a", encoding="utf-8") as file:
+            file.write(json.dumps(message) + "\n")
     try:
         with grafted(path.read_text(encoding="utf-8"), name, str(path)) as notes:
-            begun = time.monotonic()
+            send(after="reading the file")
             found = failures(name, str(path), lambda test, found: send(after=test))
             if found and notes and "NameError" in found[0][1]:
                 found = [(test, f"{message}; {notes}", named) for test, message, named in found]
-            send(found=found, seconds=time.monotonic() - begun)
+            send(found=found)
+    except SyntaxError as error:
+        send(found=[("", str(error), False)])
     except BaseException as error:                                       # also SystemExit at import
-        send(found=[("", f"{type(error).__name__}: {error}" if not isinstance(error, SyntaxError) else str(error), False)])
+        send(found=[("", f"{type(error).__name__}: {error}", False)])
 
 
 def grade_one(path, name, limit):
     """Points, message and so on of one exercise; whatever a solution does, this returns soon after `limit` seconds."""
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=examine, args=(path, name, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    deadline, after, found = time.monotonic() + limit, "the beginning", None
-    try:
-        while found is None and ours.poll(max(deadline - time.monotonic(), 0)):
-            message = json.loads(ours.recv_bytes())
-            after, found = message.get("after", after), message.get("found")
-        if found is None:
-            found = [["", f"no answer after {limit:g} seconds (an endless loop?), after {after}", False]]
-    except EOFError:
-        process.join(1)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        report.touch()
+        process = context.Process(target=examine, args=(path, name, report), daemon=True)
+        process.start()
+        process.join(limit)
         code = process.exitcode
-        how = f"by signal {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
-        found = [["", f"the process was ended {how}, after {after}", False]]
-    except (ValueError, AttributeError):
-        found = [["", "the process sent nonsense", False]]
-    with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
+        with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
+            os.killpg(process.pid, signal.SIGKILL)                       # and whatever it has started
+        process.kill()
+        process.join()
+        messages = []
+        for line in report.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):                        # a line may be cut off where it was killed
+                messages.append(json.loads(line))
+    after = next((m["after"] for m in reversed(messages) if "after" in m), "the beginning")
+    how = (f"no answer after {limit:g} seconds (an endless loop?)" if code is None else "the process was ended "
+           + (f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"))
+    found = next((m["found"] for m in messages if "found" in m), [["", f"{how}, after {after}", False]])
     number, of = EXERCISES[name]
     wrong = [row for row in found if not row[0].endswith("refuses_bad_input")]
     points = 0 if wrong else of - bool(found) * (of > 1)
@@ -285,12 +289,16 @@ def grade_one(path, name, limit):
                 message=found[0][1] if found else "", test=found[0][0] if found else "")
 
 
-def grade(path, chosen=ORDER, limit=30.0):
+def grade(path, chosen=ORDER, limit=20.0):
     """A dict: every exercise's result, the sum of points, the seconds it took."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: expected the path of a student's poad.py")
     begin = time.monotonic()
-    rows = [grade_one(path.resolve(), name, limit) for name in chosen]
+    rows = []
+    for name in chosen:
+        rows.append(grade_one(path.resolve(), name, limit))
+        if "after the beginning" in rows[-1]["message"]:                 # the file itself hangs, before any test
+            limit = min(limit, 3.0)
     return dict(file=str(path), exercises=rows, points=sum(row["points"] for row in rows),
                 of=sum(row["of"] for row in rows), seconds=round(time.monotonic() - begin, 1))
 
@@ -301,7 +309,8 @@ def show(result):
     for row in result["exercises"]:
         verdict = "passed" if row["passed"] else "FAILED"
         text = (f"{verdict}, but: " if row["passed"] and row["message"] else f"{verdict}  ") + row["message"]
-        print(f"{row['exercise']:>2}  {row['function']:26}{row['points']:>2} / {row['of']}  {textwrap.shorten(text, 180)}")
+        points = f"{row['points']:>2} / {row['of']}"
+        print(f"{row['exercise']:>2}  {row['function']:26}{points}  {textwrap.shorten(text, 180)}")
     print(f"{'sum':30}{result['points']:>2} / {result['of']}  in {result['seconds']} s")
 
 
@@ -321,7 +330,7 @@ def choose(text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="test_poad.py", description="Make an assignment of poad.py, and mark solutions.")
+    parser = argparse.ArgumentParser(prog="test_poad.py", description="Make an assignment of poad.py, mark solutions.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what, text in (("blank", "FOLDER", "write an assignment into a new folder"),
                              ("grade", "FILE", "mark a student's poad.py")):
@@ -330,7 +339,7 @@ def main(argv=None):
         command.add_argument("--exercises", default="", help="such as 1-4,6; default: all")
         if name == "grade":
             command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-            command.add_argument("--limit", type=float, default=30, help="seconds for each exercise; default 30")
+            command.add_argument("--limit", type=float, default=20, help="seconds for each exercise; default 20")
         command.error = lambda message: parser.exit(2, f"test_poad.py: {message}\n")
     parser.error = lambda message: parser.exit(2, f"test_poad.py: {message}\n")
     args = parser.parse_args(argv)
