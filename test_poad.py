@@ -72,7 +72,7 @@ def near(actual, expected, hint, mistakes=None, tol=1e-9):
 
 
 def backward(x):
-    assert x.requires_grad, "no gradient at all: the result is detached from its inputs, or made of plain numbers"
+    assert getattr(x, "requires_grad", False), "no gradient at all: detached from the inputs, or a plain number"
     x.backward()
 
 
@@ -1964,11 +1964,15 @@ EXERCISES = {name: (int(found[1]), int(found[2])) for owner in (poad, LanguageAg
              if (found := re.match(r"Exercise (\d+) \((\d+) points?\)", getattr(f, "__doc__", None) or ""))}
 
 
-@pytest.mark.parametrize("name", [name for name in EXERCISES if ">>>" in getattr(poad, name, doctest).__doc__])
+def function_of(exercise):
+    return getattr(poad, exercise, None) or getattr(LanguageAgent, exercise)
+
+
+@pytest.mark.parametrize("name", [name for name in EXERCISES if ">>>" in function_of(name).__doc__])
 def test_docstring_example_of(name):
     """The example in an exercise's docstring gives what it says."""
     try:
-        for example in doctest.DocTestFinder(recurse=False).find(getattr(poad, name), name, globs=dict(vars(poad))):
+        for example in doctest.DocTestFinder(recurse=False).find(function_of(name), name, globs=dict(vars(poad))):
             doctest.DebugRunner().run(example)
     except doctest.UnexpectedException as error:
         raise error.exc_info[1]
@@ -2010,7 +2014,7 @@ def is_right(exercise):
 
 def called_by(test, case):
     """The exercises whose functions run while a test runs."""
-    code = {name: getattr(inspect.unwrap(getattr(poad, name, None) or getattr(LanguageAgent, name)), "__code__", None)
+    code = {name: getattr(inspect.unwrap(function_of(name)), "__code__", None)
             for name in sorted(EXERCISES, key=EXERCISES.get)}
     seen = set()
     sys.setprofile(lambda frame, event, arg: seen.add(frame.f_code))
@@ -2061,7 +2065,7 @@ def test_blank_takes_out_the_bodies_and_nothing_else(kit, tmp_path):
     text = (folder / "poad.py").read_text()
     for name, (number, _) in EXERCISES.items():
         assert f'raise NotImplementedError("Exercise {number}: {name}")\n' in text, f"{name} is not blanked"
-        body = inspect.getsource(getattr(poad, name, None) or getattr(LanguageAgent, name)).split('"""')[2]
+        body = inspect.getsource(function_of(name)).split('"""')[2]
         assert body not in text and body in whole, f"{name}'s solution is still there"
     gone = [line for line in difflib.ndiff(whole.splitlines(), text.splitlines()) if line[0] == "+"]
     assert len(gone) == len(EXERCISES), "only lines that raise may be new"

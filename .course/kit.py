@@ -22,7 +22,7 @@ from unittest import mock
 
 import poad
 import test_poad
-from test_poad import EXERCISES, exercise_of
+from test_poad import EXERCISES, exercise_of, function_of
 
 ROOT = Path(poad.__file__).parent
 HELPERS = {"gae": ("_recurrence",)}       # given functions that are most of a solution: part of the exercise
@@ -83,18 +83,21 @@ def blank_tests(source):
     needed = reach({name for name in tests if not reach({name}) & set(ORACLES)}
                    | {x.id for node in given for x in ast.walk(node) if isinstance(x, ast.Name)})
     needed -= {name for name in uses if name.startswith("test_") and name not in tests}
-    kept, end = [], 0
+    kept, end, gap = [], 0, ""
     for node in nodes:
         text, end = "".join(lines[end:node.end_lineno]), node.end_lineno         # with the comments before it
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             node.names = [alias for alias in node.names if (alias.asname or alias.name).split(".")[0] in needed]
-            start = text[:len(text) - len(text.lstrip())]
-            text = start + "\n".join(textwrap.wrap(ast.unparse(node), 120)) + "\n" if node.names else ""
-            if isinstance(node, ast.ImportFrom) and len(text.strip()) > 120:
-                names = textwrap.fill(", ".join(x.name for x in node.names), 118 - 19)
-                text = start + f"from {node.module} import (" + names.replace("\n", "\n" + " " * 18) + ")\n"
+            gap = gap or text[:len(text) - len(text.lstrip())]                   # between groups of imports
+            if not node.names:
+                continue
+            text, gap = gap + ast.unparse(node) + "\n", ""
+            if len(text.strip()) > 120:
+                head, names = text.split(" import ")
+                text = head + " import (" + textwrap.fill(names, 99).replace("\n", "\n" + " " * 18) + ")\n"
         if node in given or needed & set(names_of(node)):
             kept.append(text)
+    kept[0] = re.sub("For instructors:.*\n", "", kept[0])
     return re.sub(r"\n{4,}", "\n\n\n", "".join(kept))
 
 
@@ -110,15 +113,11 @@ def blank_notebook(text):
 def student_readme(chosen):
     rows = []
     for name in chosen:
-        about = docstring(name).split("\n")[0].split(". ", 1)[1].rstrip(".:").replace("|", "\\|")
+        about = function_of(name).__doc__.split("\n")[0].split(". ", 1)[1].rstrip(".:").replace("|", "\\|")
         rows.append(f"| {EXERCISES[name][0]} | `{name}` | {EXERCISES[name][1]} | {about} |")
     total = sum(EXERCISES[name][1] for name in chosen)
     text = (Path(__file__).parent / "student.md").read_text(encoding="utf-8")
     return text.replace("{exercises}", "\n".join(rows)).replace("{total}", str(total))
-
-
-def docstring(name):
-    return (getattr(poad, name, None) or getattr(poad.LanguageAgent, name)).__doc__
 
 
 def blank(folder, chosen=ORDER):

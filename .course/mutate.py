@@ -181,7 +181,7 @@ def main(chosen):
     begin, survivors, used, counts = time.time(), [], set(), Counter()
     print("exercise            mutants  caught  by other tests  equivalent")
     for name in chosen:
-        sources = {name: inspect.getsource(getattr(poad, name, None) or getattr(poad.LanguageAgent, name))}
+        sources = {name: inspect.getsource(test_poad.function_of(name))}
         sources |= {helper: inspect.getsource(getattr(poad, helper)) for helper in HELPERS.get(name, ())}
         row = Counter()
         for changing in sources:

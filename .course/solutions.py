@@ -6,7 +6,10 @@ each must fail, with a message that holds these words, so that it says what is w
 import sys
 import textwrap
 import time
+import warnings
 from pathlib import Path
+
+import transformers
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import kit  # noqa: E402
@@ -493,6 +496,8 @@ def file_of(name, source):
 
 
 def main():
+    warnings.simplefilter("ignore")                                      # a wrong solution may cause some
+    transformers.logging.set_verbosity_error()
     begin, wrong, named = time.time(), [], 0
     good = [(name, "plain", source) for name, source in PLAIN.items()] + OTHER
     for name, style, source in good:
