@@ -147,8 +147,7 @@ class TextEnv:
         reward, outcome = self.apply(action) if valid else self.refuse()
         terminated, truncated = outcome is not None, outcome is None and self.clock >= self.limit
         self.done = terminated or truncated
-        info = {"menu": menu} if (menu := self.menu()) else {}
-        info |= {} if valid else {"invalid": True}
+        info = ({"menu": menu} if (menu := self.menu()) else {}) | ({} if valid else {"invalid": True})
         info |= {"success": bool(outcome)} if self.done else {}
         return self.observe(), reward + self.limit_reward * truncated, terminated, truncated, info
 
@@ -580,7 +579,8 @@ def _estimator(node):
     if name not in SCIKIT_NAMES:
         raise NameError("not a call of a listed name")
     module, allowed = SCIKIT_NAMES[name]
-    given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+    given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}  # a tokenizer may put spaces into strings
+    given = {k: v.strip() if isinstance(v, str) else v for k, v in given.items()}
     if node.args or len(given) < len(node.keywords) or not all(v in allowed.get(k, ()) for k, v in given.items()):
         raise TypeError("not a listed argument or value")
     estimator = getattr(importlib.import_module(f"sklearn.{module}"), name)(**given)

@@ -604,10 +604,12 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=None):
         except Exception as error:                                   # whatever a loader raises, the user typed a name
             raise ValueError(f"cannot load the model {model!r}: expected tiny, a hub id, a local folder or a .gguf "
                              f"file ({' '.join(str(error).split())[:90]}…)") from error
-        agent.bf16 = device != "cpu"
+        agent.bf16 = device.startswith("cuda")
     if train_layers:
-        agent.lm.requires_grad_(False)                                           # a model's first list is its layers
-        next(x for x in agent.lm.modules() if isinstance(x, nn.ModuleList))[-train_layers:].requires_grad_(True)
+        layers = next(x for x in agent.lm.modules() if isinstance(x, nn.ModuleList))       # a model's first list
+        _check(0 < train_layers <= len(layers), f"train_layers is {train_layers}, but {model} has {len(layers)} layers")
+        agent.lm.requires_grad_(False)
+        layers[-train_layers:].requires_grad_(True)
     return agent.to(device)
 
 def demonstrate(agent, env_fn, episodes, method, seed):
@@ -659,7 +661,8 @@ def main(argv=None):
     try:
         able = [m for m in METHODS if METHODS[m]["policy"] not in RESTRICTED or "menu" in env_fn().reset(seed=0)[1]]
         methods = args.method.split(",") if args.method else able
-        _check(set(methods) <= set(able), f"not {args.method}: on {args.env} choose from {', '.join(able)}")
+        _check(set(methods) <= set(able), f"--method {args.method} on {args.env}: choose from {', '.join(able)}"
+               + f" ({' and '.join(RESTRICTED)} need a menu, which {args.env} has not)" * (len(able) < len(METHODS)))
         _check(not args.resume or any(folder.glob("*/state.pt")), f"{folder} holds no checkpoint to go on from")
         torch.set_num_threads(1 if tiny else torch.get_num_threads())                     # it is too small to share
         for seed in range(args.seed, args.seed + max(args.seeds, 1)):

@@ -1447,7 +1447,8 @@ def test_command_line(_agent_cli, tmp_path, capsys):
 
 @pytest.mark.parametrize("args, said", (
     (("--env", "dinner"), ("dinner", "lunch", "food")), (("--method", "poad,ppo"), ("ppo", "poad", "twosome")),
-    (("--method", "glam", "--env", "scikit"), ("glam", "poad")), (("--wording", "long"), ("wording",)),
+    (("--method", "glam", "--env", "scikit"), ("glam", "poad", "need a menu")), (("--train-layers", "9"), ("9", "2 layers")),
+    (("--wording", "long"), ("wording",)),
     (("--model", "/no/such/folder"), ("/no/such/folder", "tiny")), (("--updates", "many"), ("updates", "many")),
     (("--model", "/no/such/model.gguf"), ("model.gguf", "tiny"))))
 def test_command_line_refuses_in_one_line(_agent_cli, capsys, args, said):
