@@ -45,9 +45,9 @@ def _check_shapes(**tensors):
 
 # ---------------------------------------------------------------- Bellman backups (tables, float64)
 def state_values(q, policy=None, temperature=0.0):
-    """Value of a choice: its best option, the policy's mean, or the soft maximum.
+    """Exercise 1 (3 points). Value of a choice: its best option, the policy's mean, or the soft maximum.
     V = max_w Q(w)   or   Σ_w π(w) Q(w)   or   τ · log Σ_w exp(Q(w) / τ)                (soft: App. B.3)
-    Args: q: (..., W), −inf marks an invalid option; policy: (..., W), 0 · (−inf) = 0, or temperature: τ > 0.  → (...)
+    Args: q: (..., W), −inf: no such option; policy: (..., W), 0 · (−inf) = 0; or, not both, temperature: τ > 0. → (...)
     >>> q = torch.tensor([1.0, 3.0, -torch.inf])
     >>> state_values(q).item(), state_values(q, policy=torch.tensor([0.5, 0.5, 0.0])).item()
     (3.0, 2.0)"""
@@ -61,20 +61,20 @@ def state_values(q, policy=None, temperature=0.0):
     return (policy * q.masked_fill((policy == 0) & q.isneginf(), 0)).sum(-1)
 
 def action_backup(q, mdp, gamma, policy=None, temperature=0.0):
-    """One Bellman backup at action level: the whole action is one decision.
+    """Exercise 2 (2 points). One Bellman backup at action level: the whole action is one decision.
     Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s')                                            (Eq. 4-5)
-    Args: q, policy: (S, A); mdp: a TokenMDP; gamma: γ in [0, 1].   Returns: (S, A), float64."""
+    Args: q, policy: (S, A); mdp: TokenMDP (`reward`, `transition`); gamma: in [0, 1].   → (S, A), float64."""
     _check_unit(gamma=gamma)
     q = torch.as_tensor(q, dtype=torch.float64)
     _check_shapes(reward=mdp.reward, q=q)
     return mdp.reward + gamma * mdp.transition @ state_values(q, policy, temperature)
 
 def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
-    """One Bellman backup at token level: every token is a decision.
+    """Exercise 3 (4 points). One Bellman backup at token level: every token is a decision.
     Q(s, w<ʲ, wʲ) ← γ_w · V(s, w≤ʲ)                         inside the action, j < n       (Eq. 9, 13)
     Q(s, w<ⁿ, wⁿ) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s', ∅)    when wⁿ completes a            (Eq. 10, 14)
-    γ_w = γ is the naive token level (NTPO), γ_w = 1 is BAD. Tokens that continue no action get −inf.
-    Args: q, policy: (S, N, V), N prefixes; mdp: TokenMDP; gamma, gamma_token: in [0, 1].   → (S, N, V), float64."""
+    γ_w = γ is naive (NTPO), γ_w = 1 is BAD. Tokens that continue no action get −inf, whatever q holds there.
+    Args: q, policy: (S, N, V), prefix 0 is ∅; mdp: TokenMDP (`child`, `leaf`); gamma, gamma_token: in [0, 1] → as q."""
     _check_unit(gamma=gamma, gamma_token=gamma_token)
     q = torch.as_tensor(q, dtype=torch.float64)
     inside, complete = mdp.child >= 0, mdp.leaf >= 0                                      # (N, V): goes on | completes
@@ -85,7 +85,7 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
     return new.masked_fill(~(inside | complete), -torch.inf)
 
 def bad_backup(q, mdp, gamma, policy=None, temperature=0.0):
-    """One Bellman backup with Action Decomposition (Eq. 13-14): `token_backup` with γ_w = 1, nothing lost inside."""
+    """Exercise 4 (1 point). One Bellman backup with Action Decomposition (Eq. 13-14): `token_backup` with γ_w = 1."""
     return token_backup(q, mdp, gamma, 1.0, policy, temperature)
 
 def solve(backup, q0, tol=1e-12, max_iters=100_000):
@@ -99,7 +99,7 @@ def solve(backup, q0, tol=1e-12, max_iters=100_000):
     raise RuntimeError(f"no fixed point after {max_iters} backups: the last one still moved an entry by {residual:.3g}")
 
 def action_policy(token_policy, mdp):
-    """The chain rule: the policy (S, A) that a token policy (S, N, V) implies, π(a|s) = Π_j π(wʲ|s, w<ʲ)."""
+    """Exercise 5 (2 points). Chain rule, (S, N, V) → (S, A): π(a|s) = Π_j π(wʲ|s, w<ʲ), w<ʲ a row of mdp.prefixes."""
     token_policy, node = torch.as_tensor(token_policy), {prefix: n for n, prefix in enumerate(mdp.prefixes)}
     _check_shapes(table=torch.empty(len(mdp.reward), *mdp.child.shape), token_policy=token_policy)
     columns = [[token_policy[:, node[a[:j]], w] for j, w in enumerate(a)] for a in map(tuple, mdp.actions)]
@@ -107,7 +107,7 @@ def action_policy(token_policy, mdp):
 
 # ---------------------------------------------------------------- credit over a stream of tokens
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
-    """What follows each token is worth this much: the one vector in which BAD and naive differ.
+    """Exercise 6 (3 points). What follows each token is worth this much: the one vector in which BAD and naive differ.
     γ_n = γ_w inside an action,   γ after its last token,   0 after the last token of a finished episode
     BAD is γ_w = 1, naive is γ_w = γ, action level is every slot an action end.
     Args: action_end, done: (B, N), booleans or 0/1; done is read at action ends only; gamma, gamma_token: in [0, 1].
@@ -132,14 +132,13 @@ def _recurrence(b, c, last):
 
 @torch.no_grad()
 def gae(rewards, values, discounts, lambdas, mask, last_values):
-    """Generalized advantage estimation on a masked stream of tokens (arXiv 1506.02438, Eq. 16).
+    """Exercise 7 (5 points). Generalized advantage estimation on a masked stream of tokens (arXiv 1506.02438, Eq. 16).
     δ_n = r_n + γ_n v_{n+1} − v_n        A_n = δ_n + γ_n λ_n A_{n+1}        returns_n = A_n + v_n
     v_{n+1} is the value of the next *written* token; a masked slot has no reward, value or decay and may hold anything.
-    With γ_w = λ_w = 1 (POAD here) an action's first token gets exactly the action-level GAE(λ); the paper's code decays
-    λ at every token, which leaves a 5-token action .95⁴ = .81 of its credit. A time limit is no termination: its
-    bootstrap enters as r_n + γ V(o_next) with discount 0.
-    Args: rewards, values, discounts (see `bad_discounts`), mask: (B, N); lambdas: scalar or (B, N), λ at action ends
-      and λ_w inside; last_values: (B,).   Returns: (advantages, returns), (B, N), zero where masked, no gradient.
+    With γ_w = λ_w = 1 (POAD here) an action's first token gets the action-level GAE(λ); λ at every token (the paper's
+    code) leaves it .95⁴ = .81 of 5. A time limit is no termination: it enters as r_n + γ V(o_next) with discount 0.
+    Args: rewards, values, discounts (see `bad_discounts`), mask: (B, N); lambdas: scalar or (B, N); last_values: (B,),
+      what follows a row's last written token.   Returns: (advantages, returns), (B, N), 0 where masked, no gradient.
     >>> one = torch.ones(1, 3)                            # an action of three tokens, reward 1 at its end, values ½
     >>> gae(torch.tensor([[0, 0, 1.]]), one / 2, torch.tensor([[1, 1, 0.]]), 1.0, one, torch.zeros(1))[0]
     tensor([[0.5000, 0.5000, 0.5000]])"""
@@ -158,7 +157,7 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
 
 # ---------------------------------------------------------------- PPO losses
 def masked_mean(x, mask):
-    """Mean over the real entries, Σ m x / Σ m: what the others hold, NaN included, does not matter. → scalar
+    """Exercise 8 (2 points). Mean over real entries, Σ m x / Σ m; the others may hold anything, NaN too. → scalar
     >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([1, 1, 0])).item()
     2.0"""
     _check_shapes(x=x, mask=mask)
@@ -166,14 +165,14 @@ def masked_mean(x, mask):
     return x[mask.bool()].mean(dtype=None if x.is_floating_point() else torch.get_default_dtype())
 
 def normalize(x, mask):
-    """(x − μ) / (σ + 1e-8) with mean μ and population σ of the real entries, a true zero included; zero where masked.
+    """Exercise 9 (2 points). (x − μ) / (σ + 1e-8), mean μ, population σ of real entries, zeros too; 0 where masked.
     >>> normalize(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
     tensor([-1.,  1.,  0.])"""
     centred = torch.where(mask.bool(), x - masked_mean(x, mask), 0)
     return centred / (masked_mean(centred ** 2, mask).sqrt() + 1e-8)
 
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
-    """PPO's clipped surrogate (arXiv 1707.06347, Eq. 7), averaged over real tokens, or whole actions.
+    """Exercise 10 (4 points). PPO's clipped surrogate (arXiv 1707.06347, Eq. 7): a mean over real tokens or actions.
     ratio = exp(logp − old_logp)        loss = −mean min( ratio · A,  clamp(ratio, 1 − ε, 1 + ε) · A )
     Args: logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, usually .1-.3.   Returns: (loss,
       info): "kl", mean of ratio − 1 − log ratio ≥ 0, estimates KL(π_old, π); "clip_fraction": share of |ratio − 1| > ε.
@@ -189,7 +188,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     return -masked_mean(objective, all_real), {name: masked_mean(x.detach(), all_real) for name, x in info.items()}
 
 def value_loss(values, old_values, returns, mask, clip=None):
-    """Squared error of the critic against returns R; with ε the larger of it and that of a step clipped to ±ε.
+    """Exercise 11 (3 points). Squared error of the critic against returns R; with ε also that of a step clipped to ±ε.
     loss = mean ½ (V − R)²    or    mean ½ max( (V − R)², (V_old + clamp(V − V_old, −ε, ε) − R)² )
     Args: values, old_values, returns, mask: (B, N); clip: ε or None.   Returns: scalar.
     >>> value_loss(torch.tensor([[3.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.ones(1, 1)).item()
@@ -231,7 +230,7 @@ def menu_trie(tokenizer, menu):
     return entries, trie
 
 def menu_logp(logits, allowed):
-    """Next-token log-probabilities, restricted to the tokens that a menu allows and renormalised.
+    """Exercise 12 (2 points). Next-token log-probabilities, restricted to what a menu allows and renormalised.
     log π(w) = logit_w − log Σ_{w' allowed} exp(logit_w')  for allowed w, else −inf
     Args: logits: (..., V); allowed: (..., V) booleans, or None: all.   Returns: (..., V), float32.
     >>> menu_logp(torch.tensor([0.0, 0.0, 5.0]), torch.tensor([True, True, False])).exp()
@@ -328,9 +327,9 @@ class LanguageAgent(nn.Module):
         return self._tokens(self._tokenize(prompts)[0], [(0,)] * len(prompts), critic=True)[2][:, 0]
 
     def score(self, prompts, menus, policy="glam"):
-        """Σ_j log p(wʲ|o, w<ʲ), unrestricted and without eos, of every menu entry: a list of (A_i,), with gradient.
+        """Exercise 13 (4 points). Σ_j log p(wʲ|o, w<ʲ), no eos, unrestricted, of every menu entry: list of (A_i,).
         "twosome" divides by the number of words; "token" sums log π, restricted to the menu and with eos. The softmax
-        over a menu is π(a|o). Each distinct prompt is read once and its cache shared by its menu."""
+        over a menu is π(a|o). With gradient; `_tokens` reads each distinct prompt once for its menu."""
         (prompt_ids, tries), raw = self._tokenize(prompts, menus, policy), policy in RESTRICTED
         rows = [(p, entry[:-1] if raw else entry, trie) for p, trie in zip(prompt_ids, tries) for entry in trie[0]]
         prompt_ids, written, owners = zip(*rows)
@@ -496,7 +495,8 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
     return [(player.total, bool(player.info["success"])) for player in players], "\n".join(story)
 
 def assign(config, mask, values, rewards, done, last_values):
-    """Advantages and returns of a rollout (B · T, L): the actions of one player are one stream for `gae`."""
+    """Exercise 14 (3 points). Advantages, returns (B · T, L): a player's T actions are one stream (B, T · L) for `gae`.
+    An action ends at its last written slot: reward and `done` (B, T) belong there. config: γ, γ_w, λ, λ_w."""
     end = mask & (mask.cumsum(1) == mask.sum(1, True))                                     # the last written slot
     discounts = bad_discounts(end, done.view(-1, 1).expand(mask.shape), config.gamma, config.gamma_token)
     lambdas = torch.where(end, config.lam, config.lam_token)
