@@ -1017,7 +1017,7 @@ class _Bigram(torch.nn.Module):
             for follower, sixteenths in row.items():
                 table[i, self.words.index(follower)] = sixteenths
         self.logits = torch.nn.Parameter((table / 16).log())
-        self.config, self.device = SimpleNamespace(hidden_size=1), torch.device("cpu")
+        self.config, self.device = SimpleNamespace(hidden_size=1, vocab_size=100), torch.device("cpu")
 
     def forward(self, input_ids, logits_to_keep=0, **_):
         logits = self.logits[input_ids][:, -logits_to_keep:]             # (R, K, V); 0 keeps all
@@ -1615,7 +1615,7 @@ def test_command_line(_agent_cli, tmp_path, capsys):
 
 @pytest.mark.parametrize("args, said", (
     (("--env", "dinner"), ("dinner", "lunch", "food")), (("--method", "poad,ppo"), ("ppo", "poad", "twosome")),
-    (("--method", "glam", "--env", "scikit"), ("glam", "poad", "need a menu")), (("--train-layers", "9"), ("9", "2 layers")),
+    (("--method", "glam", "--env", "scikit"), ("glam", "poad", "need a menu")),
     (("--wording", "long"), ("wording",)),
     (("--model", "/no/such/folder"), ("/no/such/folder", "tiny")), (("--updates", "many"), ("updates", "many")),
     (("--model", "/no/such/model.gguf"), ("model.gguf", "tiny"))))
@@ -1669,6 +1669,8 @@ def test_command_line_sets_every_knob(_agent_cli, tmp_path):
 
 @ON_BOTH_LMS
 def test_train_layers(tmp_path, kind):
+    with pytest.raises(ValueError, match="2 layers"):
+        poad.load_agent("tiny", AGENT_LUNCH, train_layers=9)
     agent = _agent(kind)
     agent.lm.save_pretrained(tmp_path)
     agent.tokenizer.save_pretrained(tmp_path)
