@@ -14,9 +14,7 @@ Then text environments, in which the agent reads one short paragraph and answers
     scikit         free text: one line of data-science code       ROC-AUC, or -1                 5 steps
 
 They follow Gymnasium's calling convention without needing it; `make(name, **options)` builds one.  Lunch and orders
-are small constructions of our own, the others follow the experiments of the paper (arXiv 2405.15821).
-"""
-
+are small constructions of our own, the others follow the experiments of the paper (arXiv 2405.15821)."""
 import ast
 import importlib
 import inspect
@@ -28,10 +26,8 @@ from collections import namedtuple
 
 import torch
 
-
 class TokenMDP:
     """A finite Markov decision process whose actions are token sequences (paper, section 3).
-
     transition  (S, A, S)  P(s' | s, a); a terminal state is by convention one that loops to itself with reward 0
     reward      (S, A)     expected reward of action a in state s
     actions     A tuples of token ids, distinct, none a proper prefix of another: the last token tells that it is last
@@ -40,11 +36,9 @@ class TokenMDP:
     prefixes    N token tuples: every proper prefix of every action, shorter ones first, so prefixes[0] = ()
     child       (N, V)     index of the prefix after that token, or -1
     leaf        (N, V)     id of the action that this token completes, or -1
-
     >>> mdp = TokenMDP([[[1.0], [1.0]]], [[0.0, 1.0]], [(0,), (1, 0)], ["wait", "eat"])
     >>> mdp.prefixes, mdp.child.tolist(), mdp.leaf.tolist()
-    (((), (1,)), [[-1, 1], [-1, -1]], [[0, -1], [1, -1]])
-    """
+    (((), (1,)), [[-1, 1], [-1, -1]], [[0, -1], [1, -1]])"""
     def __init__(self, transition, reward, actions, vocab):
         self.vocab = tuple(vocab)
         for i, word in enumerate(self.vocab):
@@ -67,14 +61,12 @@ class TokenMDP:
         self.child = torch.tensor([[inner.get(p, -1) for p in row] for row in longer])  # (N, V)
         self.leaf = torch.tensor([[whole.get(p, -1) for p in row] for row in longer])  # (N, V)
 
-
 def _table(name, values):
     """A float64 copy of nested lists, an array or a tensor."""
     try:
         return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is not a rectangular table of numbers: {error}") from None
-
 
 def _prefix_free(actions, vocab_size):
     """The actions as tuples of ints, checked to be distinct and prefix-free."""
@@ -91,11 +83,10 @@ def _prefix_free(actions, vocab_size):
             raise ValueError(f"action {i}, {short}, is {relation} action {j}, {long}")
     return actions
 
-
 def random_mdp(seed, states=4, actions=5, vocab=4, max_length=4):
     """A random TokenMDP with prefix-free actions of mixed lengths, the same for the same seed.
-    Rewards are standard normal, transitions uniform numbers normalised.  The actions are leaves of a trie that grows
-    by splitting random leaves, spread evenly from the shortest to the longest.  ValueError where they do not fit."""
+    Rewards are standard normal, transitions uniform numbers normalised.  The actions are leaves, spread evenly from the
+    shortest to the longest, of a trie that grows by splitting random leaves.  ValueError where they do not fit."""
     if min(states, actions, vocab, max_length) < 1 or actions > vocab**max_length:
         raise ValueError(f"{actions} actions do not fit into {vocab} ** {max_length} sequences, or a size is below 1")
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +102,6 @@ def random_mdp(seed, states=4, actions=5, vocab=4, max_length=4):
     reward = torch.randn(states, actions, generator=generator, dtype=torch.float64)
     return TokenMDP(weight / weight.sum(-1, keepdim=True), reward, chosen, [f"w{i}" for i in range(vocab)])
 
-
 def lunch_mdp():
     """The `lunch` environment as tables: three states, four actions, and a trap for learners that discount tokens.
     State 0, the salad in pieces: "put it in the bowl" leads to state 1, all else waits.  State 1, in the bowl: "eat it"
@@ -125,7 +115,6 @@ def lunch_mdp():
         transition[state, action] = torch.eye(3)[after]
         reward[state, action] = pays
     return TokenMDP(transition, reward, [[vocab.index(w) for w in s] for s in sentences], vocab)
-
 
 class TextEnv:
     """What all text environments share: the clock, the menu, the generator, and what happens to a bad action.
@@ -149,9 +138,8 @@ class TextEnv:
 
     def step(self, action):
         """Do `action`; returns (observation, reward, terminated, truncated, info).
-        An action outside the menu changes nothing, costs a step and sets info["invalid"]; it is never an exception.
-        info["menu"] lists the next actions; info["success"] says at the end of an episode, after which a step is a
-        RuntimeError, whether the task was done."""
+        An action outside the menu changes nothing, costs a step and sets info["invalid"].  info["menu"] lists the next
+        actions; info["success"] says at an episode's end, after which a step is a RuntimeError, whether it was done."""
         if self.done:
             raise RuntimeError("the episode is over: call reset() first")
         self.clock += 1
@@ -159,13 +147,12 @@ class TextEnv:
         reward, outcome = self.apply(action) if valid else self.refuse()
         terminated, truncated = outcome is not None, outcome is None and self.clock >= self.limit
         self.done = terminated or truncated
-        info = {"menu": menu} if (menu := self.menu()) else {}
-        info |= {} if valid else {"invalid": True}
+        info = ({"menu": menu} if (menu := self.menu()) else {}) | ({} if valid else {"invalid": True})
         info |= {"success": bool(outcome)} if self.done else {}
         return self.observe(), reward + self.limit_reward * truncated, terminated, truncated, info
 
     def random_action(self):
-        """A random admissible action, uniform over the menu, drawn from the environment's own generator."""
+        """A random admissible action, uniform over the menu; the environment's own generator draws it."""
         return self.rng.choice(self.menu())
 
     def admits(self, action):
@@ -176,17 +163,49 @@ class TextEnv:
         """What an inadmissible action does; returns (reward, outcome) as `apply` does."""
         return self.refused, None
 
+    def snapshot(self):
+        """All that changes in play, the clock and the generator included, as plain tuples, strings and numbers."""
+        state = tuple(self.state) if isinstance(self.state, tuple) else self.state
+        return dict(name=type(self).__name__, state=state, clock=self.clock, done=self.done, rng=self.rng.getstate())
 
-def _choose(name, value, choices):
-    """ValueError in words unless `value` is one of `choices`."""
+    def restore(self, snapshot):
+        """Continue where `snapshot` was taken; ValueError if that was in another environment."""
+        _choose("the environment of the saved game", snapshot["name"], [type(self).__name__])
+        self.rng.setstate(snapshot["rng"])
+        self.clock, self.done, state = snapshot["clock"], snapshot["done"], snapshot["state"]
+        self.state = type(self.state)(*state) if isinstance(state, tuple) else state
+
+class Player:
+    """An environment being played: what it shows now (obs, info), the return so far (total), and whether it is over.
+    `env` follows the calling convention above; to be saved, it needs `snapshot` and `restore` as well."""
+    def __init__(self, env, seed=None):
+        self.env = env
+        self.begin(seed)
+
+    def begin(self, seed=None):
+        (self.obs, self.info), self.total, self.over = self.env.reset(seed=seed), 0.0, False
+
+    def step(self, action):
+        """Do `action`; returns (reward, terminated, truncated)."""
+        self.obs, reward, terminated, truncated, self.info = self.env.step(action)
+        self.total, self.over = self.total + reward, bool(terminated or truncated)
+        return reward, bool(terminated), bool(truncated)
+
+    def snapshot(self):
+        if not hasattr(self.env, "snapshot"):
+            raise ValueError(f"{type(self.env).__name__} cannot be saved: it has no snapshot() and restore()")
+        return vars(self) | {"env": self.env.snapshot()}
+
+    def restore(self, snapshot):
+        self.env.restore(snapshot["env"])
+        vars(self).update(snapshot | {"env": self.env})
+
+def _choose(name, value, choices):  # ValueError in words unless `value` is one of `choices`
     if type(value) is not type(choices[0]) or value not in choices:
         raise ValueError(f"{name} is {value!r}: choose from {', '.join(map(str, choices))}")
 
-
-def _and(names):
-    """["tomato", "bowl"] → "the tomato and the bowl"; [] → "nothing"."""
+def _and(names):  # ["tomato", "bowl"] → "the tomato and the bowl"; [] → "nothing"
     return " and ".join(f"the {name}" for name in names) or "nothing"
-
 
 class Story(TextEnv):
     """An environment that is a table: scene → (a sentence to read, {action: (reward, next scene)}).
@@ -200,7 +219,6 @@ class Story(TextEnv):
     def apply(self, action):
         reward, self.state = self.scenes[self.state][1][action]
         return reward, None if self.menu() else self.state == self.goal
-
 
 class Pancake(Story):
     """The paper's case study of token credit: open the microwave, put the pancake in, close it.
@@ -216,7 +234,6 @@ class Pancake(Story):
             "open the microwave": (0.0, "inside, open"), "close the microwave": (1.0, "inside, closed")}),
         "inside, closed": ("You hold nothing and see a closed microwave with the pancake inside.", {})}
 
-
 class Lunch(Story):
     """A trap for learners that discount every token: the best action is the longest sentence.
     Eating the salad takes 2 words and pays 0.7, serving it takes 17 words and pays 1.0; waiting pays nothing.  With
@@ -231,7 +248,6 @@ class Lunch(Story):
             "carry the full bowl over to the table where the guest is waiting and serve the salad": (1.0, "served")}),
         "eaten": ("You have eaten the salad.", {}),
         "served": ("The guest has the salad.", {})}
-
 
 ROOMS = ("living room", "kitchen", "bathroom", "bedroom")
 FOOD_WORDINGS = {  # action → words, in menu order
@@ -257,7 +273,6 @@ FOOD_MENU = {  # in the kitchen: (where the item is, what the agent is near) →
 FOOD_UNSEEN = (("cheese", "microwave"), ("hamburger", "microwave"), ("apple pie", "microwave"), ("pizza", "microwave"),
                ("dishes", "dishwasher"), ("clothes", "washing machine"))  # (item, appliance), to test generalisation
 FoodState = namedtuple("FoodState", "room near item open")  # near: nothing, item, appliance, both; open: True, False
-
 
 class Food(TextEnv):
     """Food preparation in a household (the paper's VirtualHome task): get the pancake into the closed microwave.
@@ -300,9 +315,7 @@ class Food(TextEnv):
         success = s.item == "inside" and not s.open
         return float(success), success or None
 
-
 EntertainmentState = namedtuple("EntertainmentState", "room near sitting television chips milk")
-
 
 class Entertainment(TextEnv):
     """An evening at home (the paper's VirtualHome task): sit before the running television with chips and milk.
@@ -348,7 +361,6 @@ class Entertainment(TextEnv):
         success = s.sitting and s.television and "kitchen" not in (s.chips, s.milk)
         return float(success), success or None
 
-
 GUESTS = ("Ann", "Bob", "Cleo", "Dan")
 COURSES = (  # one group for each slot, one word for each choice
     "soup salad melon shrimp olives toast", "bread rice pasta fries beans corn", "tea coffee water juice milk cider",
@@ -356,7 +368,6 @@ COURSES = (  # one group for each slot, one word for each choice
     "fork spoon knife straw cup plate", "window garden corner terrace bar door")
 NUMBERS = "no one two three four five six seven eight nine ten".split()
 OrdersState = namedtuple("OrdersState", "guest to_come perfect")  # guests after this one; whether all words were right
-
 
 class Orders(TextEnv):
     """An action space that explodes: words ** slots sentences, spelled with only slots * words words.
@@ -406,12 +417,10 @@ class Orders(TextEnv):
     def refuse(self):
         return self.apply("")  # no word is right, and it is the next guest's turn
 
-
 KITCHEN = {  # thing or place → (the floor cell where one uses it, the cell on the wall where it stands); (row, column)
     "tomato": ((1, 5), (0, 5)), "lettuce": ((1, 5), (1, 6)), "onion": ((2, 5), (2, 6)), "bowl": ((5, 5), (6, 5)),
     "first board": ((1, 1), (1, 0)), "second board": ((2, 1), (2, 0)), "counter": ((3, 1), (3, 0))}
 SaladState = namedtuple("SaladState", "cell hand boards bowl")  # hand and every board: a thing or ""; bowl: foods
-
 
 class Salad(TextEnv):
     """Cooking (the paper's Overcooked task, tomato salad): chop the tomato, put it in the bowl, serve the bowl.
@@ -477,24 +486,20 @@ class Salad(TextEnv):
         self.clock += moves - 1  # step() has counted one
         return -0.1 * (1 - 0.99**moves) + 0.99 ** (moves - 1) * event, True if event == 1.0 else None
 
-
 def _path(start, goal):
     """The cells from start to goal, both included, rows first."""
     down, right = (1 if there >= here else -1 for here, there in zip(start, goal))
     rows, columns = range(start[0], goal[0], down), range(start[1], goal[1] + right, right)
     return [(row, start[1]) for row in rows] + [(goal[0], column) for column in columns]
 
-
 def _sees(cell, spot):
     """Whether a thing or place on the wall is in view: at most two rows and two columns away."""
     return max(abs(a - b) for a, b in zip(cell, KITCHEN[spot][1])) <= 2
-
 
 class Salad2(Salad):
     """Tomato and lettuce, a second board, an onion that nobody ordered.  Best return 0.9176; random success 1.02 %."""
     foods, recipe, boards = ("tomato", "lettuce", "onion"), ("tomato", "lettuce"), ("first board", "second board")
     start = SaladState((1, 4), "", ("", ""), ())
-
 
 SCIKIT_NAMES = {  # name → (module, {argument: values}); preprocessing first, then classifiers
     "StandardScaler": ("preprocessing", {}),
@@ -504,7 +509,6 @@ SCIKIT_NAMES = {  # name → (module, {argument: values}); preprocessing first, 
     "LogisticRegression": ("linear_model", {"C": (0.01, 0.1, 0.5, 1.0, 10.0), "max_iter": (10, 50, 100, 200)}),
     "DecisionTreeClassifier": ("tree", {"max_depth": (1, 2, 4, 8), "criterion": ("gini", "entropy")}),
     "RandomForestClassifier": ("ensemble", {"n_estimators": (1, 5, 10, 20, 50), "max_depth": (1, 2, 4, 8)})}
-
 
 class Scikit(TextEnv):
     """Data-science coding (paper): one line of free text, read as a scikit-learn classifier and scored on a data set.
@@ -554,7 +558,6 @@ class Scikit(TextEnv):
     def apply(self, action):
         return self.scores[self.dataset, action], True
 
-
 def _auc(text, x, y):
     """Mean ROC-AUC of the classifier that `text` describes, over five shuffled, stratified 50/50 splits."""
     import threadpoolctl  # comes with scikit-learn
@@ -568,7 +571,6 @@ def _auc(text, x, y):
         with threadpoolctl.threadpool_limits(1):  # more threads would wait for each other longer than they work
             return float(cross_val_score(model, x, y, cv=splits, scoring="roc_auc_ovo", error_score="raise").mean())
 
-
 def _estimator(node):
     """The estimator that a call in a syntax tree describes; NameError or TypeError outside SCIKIT_NAMES."""
     name = getattr(getattr(node, "func", None), "id", None)
@@ -577,16 +579,15 @@ def _estimator(node):
     if name not in SCIKIT_NAMES:
         raise NameError("not a call of a listed name")
     module, allowed = SCIKIT_NAMES[name]
-    given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+    given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}  # a tokenizer may put spaces into strings
+    given = {k: v.strip() if isinstance(v, str) else v for k, v in given.items()}
     if node.args or len(given) < len(node.keywords) or not all(v in allowed.get(k, ()) for k, v in given.items()):
         raise TypeError("not a listed argument or value")
     estimator = getattr(importlib.import_module(f"sklearn.{module}"), name)(**given)
     return estimator.set_params(**{"random_state": 0} if "random_state" in estimator.get_params() else {})
 
-
 ENVS = {"pancake": Pancake, "lunch": Lunch, "food": Food, "entertainment": Entertainment, "orders": Orders,
         "salad": Salad, "salad2": Salad2, "scikit": Scikit}
-
 
 def make(name, **options):
     """Build the environment called `name`, one of ENVS, with that class's options.

@@ -21,16 +21,16 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, median, pstdev
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from envs import ENVS, make
+from envs import ENVS, Player, make
 
 def _check(ok, message):
     if not ok:
@@ -267,6 +267,7 @@ class LanguageAgent(nn.Module):
         self.head = nn.Sequential(nn.Linear(lm.config.hidden_size, 128), nn.Tanh(), nn.Linear(128, 1)).to(lm.device)
         for x in self.head[-1].parameters():
             nn.init.zeros_(x)                       # V = 0: no advantage, rather than normalised noise, before a reward
+        self.memory, self.bf16 = None, False        # what `_tokens` has read; whether the LM computes in bfloat16
         self.eval()
 
     def train(self, mode=True):
@@ -284,8 +285,9 @@ class LanguageAgent(nn.Module):
         """Read ids (R, K) after what a cache has seen: logits (of the last `keep`; 0: all), features, both renewed."""
         seen = mask if seen is None else torch.cat([seen, mask], 1)
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]              # explicit: padding shifts them
-        out = lm(input_ids=ids, attention_mask=seen.long(), position_ids=positions, past_key_values=cache,
-                 use_cache=True, output_hidden_states=True, logits_to_keep=keep)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            out = lm(input_ids=ids, attention_mask=seen.long(), position_ids=positions, past_key_values=cache,
+                     use_cache=True, output_hidden_states=True, logits_to_keep=keep)
         return out.logits, out.hidden_states[-1], out.past_key_values, seen
 
     def _read(self, lm, prompt_ids, ids, mask):
@@ -300,19 +302,25 @@ class LanguageAgent(nn.Module):
         return self._forward(lm, ids, mask, cache, seen[which])
 
     def _tokens(self, prompt_ids, written, tries=None, critic=False):
-        """log π, entropy and, if asked for, V of every token of R sequences: (R, L), 0 where masked."""
-        first, which = _distinct(list(zip(prompt_ids, written, map(id, tries) if tries else written)))
-        prompt_ids, written, tries = (x and [x[r] for r in first] for x in (prompt_ids, written, tries))
-        ids, mask = (x.to(self.lm.device) for x in _pad(written))
-        logits, features, *_ = self._read(self.lm, prompt_ids, ids, mask)
-        places = tries and [(r, j, w) for r, row in enumerate(written) for j in range(len(row))
-                            for w in tries[r][1][row[:j]]]
-        log_pi = menu_logp(logits, tries and _allow(~mask, places, logits.shape[-1]))                     # (R, L, V)
-        columns = [log_pi.gather(-1, ids[..., None]).squeeze(-1), _entropy(log_pi)]
-        if critic:
-            features = self._read(self.critic_lm, prompt_ids, ids, mask)[1] if self.critic_lm else features.detach()
-            columns.append(self.head(features.float()).squeeze(-1))
-        return [torch.where(mask, x, 0)[which] for x in columns]
+        """log π, entropy and, if asked for, V of every token of R sequences: (R, L), 0 where masked.
+        Only distinct rows that the memory does not hold are read, so many at once that their logits fill 2²⁶ bytes."""
+        rows, known = list(zip(prompt_ids, written, map(id, tries) if tries else written)), self.memory
+        (first, which), length, critic = _distinct(rows), max(map(len, written)), critic or known is not None
+        known = {} if known is None else known
+        new, few = [r for r in first if rows[r] not in known], max(1, 2**24 // self.lm.config.vocab_size // length)
+        for part in [new[k:k + few] for k in range(0, len(new), few)]:
+            prompts, texts = [prompt_ids[r] for r in part], [written[r] for r in part]
+            ids, mask = (x.to(self.lm.device) for x in _pad(texts))
+            logits, features, *_ = self._read(self.lm, prompts, ids, mask)
+            places = tries and [(k, j, w) for k, r in enumerate(part) for j in range(len(written[r]))
+                                for w in tries[r][1][written[r][:j]]]
+            log_pi = menu_logp(logits, tries and _allow(~mask, places, logits.shape[-1]))                 # (R, L, V)
+            columns = [log_pi.gather(-1, ids[..., None]).squeeze(-1), _entropy(log_pi)]
+            if critic:
+                features = self._read(self.critic_lm, prompts, ids, mask)[1] if self.critic_lm else features.detach()
+                columns.append(self.head(features.float()).squeeze(-1))
+            known.update(zip([rows[r] for r in part], torch.where(mask[..., None], torch.stack(columns, -1), 0)))
+        return pad_sequence([known[rows[r]] for r in first], True)[which, :length].unbind(-1)
 
     def values(self, prompts):
         """V(o), before any token is written: B strings → (B,)."""
@@ -362,7 +370,7 @@ class LanguageAgent(nn.Module):
         ids, mask = (x.to(self.lm.device) for x in _pad(written))
         actions = Actions(text, prompt_ids, ids, mask, None, None, None)
         actions.logp, actions.entropy, actions.values = self.evaluate(actions, menus, policy)
-        assert torch.allclose(actions.logp.sum(1, True), logp, atol=1e-2), "what is stored did not sample (float32?)"
+        assert torch.allclose(actions.logp.sum(1, True), logp, atol=1 if self.bf16 else 1e-2), "stored ≠ sampled"
         return actions
 
     def evaluate(self, actions, menus=None, policy="token"):
@@ -413,6 +421,7 @@ METHODS = {  # policy: who samples, and what gets one credit; γ_w, λ_w (a name
     "ntpo":    dict(policy="token",   gamma_token="gamma", lam_token="lam", lr=3e-4, color="tab:red"),
     "poad":    dict(policy="token",   gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:blue")}
 PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=20, lr=1e-3)}  # where an environment needs it
+REAL = dict(epochs=4, minibatches=1, micro_batch=64)      # a real model: few passes, each reads what repeats once
 
 @dataclass(frozen=True)
 class Config:
@@ -436,6 +445,7 @@ class Config:
     entropy_coef: float = 0.01    # weight of an action's entropy (nats)
     kl_stop: float = 0.1          # an action's KL(old, new) (nats) that ends the update; None: never
     max_grad_norm: float = 0.5    # gradient clipping, LM and critic each for itself
+    micro_batch: int = None       # actions per backward pass, to bound memory; None: the whole minibatch
 
     def __post_init__(self):
         _check(self.method in METHODS, f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
@@ -447,28 +457,42 @@ class Config:
         _check(min(self.lr, self.critic_lr, self.entropy_coef, self.clip, self.kl_stop or 0) >= 0, "a knob is negative")
 
 @torch.no_grad()
+def _step(agent, players, policy, greedy=False, generator=None):      # of all players → actions, menus, outcome (3, B)
+    menus = [player.info["menu"] for player in players] if "menu" in players[0].info else None
+    actions = agent.act([player.obs for player in players], menus, policy, greedy, generator)
+    outcome = zip(*(player.step(text) for player, text in zip(players, actions.text)))
+    return actions, menus, torch.tensor([*outcome], dtype=torch.float, device=actions.ids.device)
+
+@torch.no_grad()
 def collect(agent, players, config, generator, episodes):
     """Play T actions with each of B players; (return, success) of every finished episode goes to `episodes`.
     Returns: actions and menus (or None) in rows b · T + t; rewards, done (B, T); last_values (B,)."""
-    steps, policy = [], METHODS[config.method]["policy"]
+    steps, policy, agent = [], METHODS[config.method]["policy"], copy.copy(agent)
+    agent.memory = {}                                             # the weights stand still: nothing is read twice
     for _ in range(config.n_steps):
-        menus = [player.info["menu"] for player in players] if "menu" in players[0].info else None
-        actions = agent.act([player.obs for player in players], menus, policy, generator=generator)
-        rewards, done = torch.zeros(2, len(players), device=actions.ids.device)
-        for b, (player, text) in enumerate(zip(players, actions.text)):
-            player.obs, reward, terminated, truncated, player.info = player.env.step(text)
-            player.total, rewards[b], done[b] = player.total + reward, reward, terminated or truncated
-            if truncated and not terminated:                          # cut short, not over: add what was still to come
-                rewards[b] += config.gamma * agent.values([player.obs])[0]
-            if terminated or truncated:
-                episodes.append((player.total, float(player.info["success"])))
-                (player.obs, player.info), player.total = player.env.reset(), 0.0
-        steps.append((actions, menus, rewards, done))
+        actions, menus, (rewards, terminated, truncated) = _step(agent, players, policy, generator=generator)
+        if cut := [b for b, player in enumerate(players) if truncated[b] and not terminated[b]]:
+            rewards[cut] += config.gamma * agent.values([players[b].obs for b in cut])    # not over: what was to come
+        steps.append((actions, menus, rewards, terminated.maximum(truncated)))
+        for player in [player for player in players if player.over]:
+            episodes.append((player.total, float(player.info["success"])))
+            player.begin()
     actions, menus, rewards, done = zip(*steps)
     columns = [[x[b] for b in range(len(players)) for x in xs] for xs in zip(*(vars(a).values() for a in actions))]
     actions = Actions(*(pad_sequence(x, True) if torch.is_tensor(x[0]) else x for x in columns))
     menus = [menu[b] for b in range(len(players)) for menu in menus] if menus[0] else None
     return actions, menus, torch.stack(rewards, 1), torch.stack(done, 1), agent.values([p.obs for p in players])
+
+def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
+    """Play whole episodes. Returns: (return, success) of each; the first as text, one line an action."""
+    players, story = [Player(env_fn(), 1000 * seed + b) for b in range(episodes)], []
+    agent, generator = copy.copy(agent), torch.Generator().manual_seed(seed)
+    agent.memory = {}
+    while playing := [player for player in players if not player.over]:
+        shown = playing[0].obs
+        actions, _, (rewards, *_) = _step(agent, playing, policy, greedy, generator)
+        story += [f"{shown}\n  → {actions.text[0]}  ({rewards[0]:g})"] * (playing[0] is players[0])
+    return [(player.total, bool(player.info["success"])) for player in players], "\n".join(story)
 
 def assign(config, mask, values, rewards, done, last_values):
     """Exercise 14 (3 points). Advantages, returns (B · T, L): a player's T actions are one stream (B, T · L) for `gae`.
@@ -491,17 +515,22 @@ def ppo_update(agent, optimizer, rollout, config, generator):
     advantages = normalize(advantages, choice if choice.any() else mask)
     for i in [k for _ in range(config.epochs)
               for k in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[k].any()]:
-        logp, entropy, values = agent.evaluate(actions.rows(i), menus and [menus[row] for row in i], policy)
-        assert stats or torch.allclose(logp, old_logp[i], atol=1e-3), "what is trained is not what sampled (float32?)"
-        policy_loss, info = ppo_policy_loss(logp, old_logp[i], advantages[i], choice[i], config.clip)
-        critic_loss = value_loss(values, old_values[i], returns[i], mask[i], config.value_clip)
-        per_action = choice[i].sum() / len(i)                                                     # choices per action
-        entropy, kl = per_action * masked_mean(entropy, choice[i]), per_action * info["kl"]
-        if config.kl_stop is not None and kl > config.kl_stop:
-            break
-        stats.append([x.item() for x in (kl, info["clip_fraction"], entropy, critic_loss)])
         optimizer.zero_grad()
-        (per_action * policy_loss - config.entropy_coef * entropy + critic_loss).backward()
+        sums, i = 0, torch.tensor(sorted(i.tolist(), key=actions.prompt_ids.__getitem__))  # a prompt's actions together
+        for k in i.split(config.micro_batch or len(i)):                                    # their gradients add up
+            logp, entropy, values = agent.evaluate(actions.rows(k), menus and [menus[row] for row in k], policy)
+            assert stats or torch.allclose(logp, old_logp[k], atol=1 if agent.bf16 else 1e-3), "trained ≠ sampled"
+            per_action, share = choice[k].sum() / len(i), mask[k].sum() / mask[i].sum()  # choices; of the critic's loss
+            chosen = choice[k] if per_action else mask[k]
+            policy_loss, info = ppo_policy_loss(logp, old_logp[k], advantages[k], chosen, config.clip)
+            critic_loss = share * value_loss(values, old_values[k], returns[k], mask[k], config.value_clip)
+            entropy = per_action * masked_mean(entropy, chosen)
+            (per_action * policy_loss - config.entropy_coef * entropy + critic_loss).backward()
+            clipped = choice[k].sum() / choice[i].sum() * info["clip_fraction"]
+            sums += torch.stack([per_action * info["kl"], clipped, entropy, critic_loss]).detach()
+        if config.kl_stop is not None and sums[0] > config.kl_stop:
+            break
+        stats.append(sums.tolist())
         for group in optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
         optimizer.step()
@@ -509,37 +538,86 @@ def ppo_update(agent, optimizer, rollout, config, generator):
     means = dict(zip(("kl", "clip_fraction", "entropy", "value_loss"), map(mean, zip(*stats)) if stats else [None] * 4))
     return means | dict(minibatches=len(stats), tokens=mask.sum().item(), explained_variance=1 - unexplained.item())
 
-def train(agent, env_fn, config):
+def save(folder, agent, **state):
+    """Write a checkpoint: weights as safetensors, the rest as plain data. A complete one replaces the one before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    new, old = folder / f"update-{len(state['metrics'])}.safetensors", set(folder.glob("update-*.safetensors"))
+    save_model(agent, str(new))
+    torch.save(state, folder / "state.part")
+    (folder / "state.part").replace(folder / "state.pt")                             # from here on the new one counts
+    [path.unlink() for path in old - {new}]
+
+def load(folder, agent):
+    """Read a folder's checkpoint: weights into the agent, the rest is returned. ValueError if there is none for it."""
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        load_model(agent, str(folder / f"update-{len(state['metrics'])}.safetensors"))
+        return state
+    except Exception as error:                                        # whatever a loader raises: missing, cut, foreign
+        raise ValueError(f"{folder} holds no checkpoint for this agent ({' '.join(str(error).split())[:90]})") from None
+
+def train(agent, env_fn, config, folder=None, resume=False):
     """Train the agent in place, on environments that env_fn() makes. The same seed gives the same run.
+    folder: for a checkpoint after every update; resume: go on from the one there, as if never interrupted.
     Yields one dict per update: update, env_steps, episodes; return_mean (undiscounted) and success_rate over the last
     100 episodes, None before one has ended; seconds; and what `ppo_update` returns."""
-    begin, generator, episodes = time.perf_counter(), torch.Generator().manual_seed(config.seed), []
-    players = [SimpleNamespace(env=env_fn(), total=0.0) for _ in range(config.n_envs)]
-    for b, player in enumerate(players):
-        player.obs, player.info = player.env.reset(seed=1000 * config.seed + b)
-    lm, critic = agent.lm.parameters(), [*agent.head.parameters(), *(agent.critic_lm or nn.Module()).parameters()]
-    optimizer = torch.optim.Adam([dict(params=x, lr=lr) for x, lr in ((lm, config.lr), (critic, config.critic_lr))])
-    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - k / config.updates if config.lr_decay else 1)
-    for update in range(1, config.updates + 1):
+    folder, begin, generator = folder and Path(folder), time.perf_counter(), torch.Generator().manual_seed(config.seed)
+    _check(resume or not folder or not (folder / "state.pt").exists(), f"{folder} holds a checkpoint: resume it")
+    players, episodes, history = [Player(env_fn(), 1000 * config.seed + b) for b in range(config.n_envs)], [], []
+    parts = [*agent.lm.parameters()], [*agent.head.parameters(), *(agent.critic_lm or nn.Module()).parameters()]
+    optimizer = torch.optim.Adam([dict(params=[x for x in part if x.requires_grad]) for part in parts])
+    if resume:
+        state = load(folder, agent)
+        _check(state["config"] | {"updates": 0} == asdict(config) | {"updates": 0}, f"{folder}: another configuration")
+        episodes, history, begin = state["episodes"], state["metrics"], begin - state["metrics"][-1]["seconds"]
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        [player.restore(snapshot) for player, snapshot in zip(players, state["players"])]
+        yield from history
+    for update in range(len(history), config.updates):
+        for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
+            group["lr"] = lr * (1 - update / config.updates if config.lr_decay else 1)
         stats = ppo_update(agent, optimizer, collect(agent, players, config, generator, episodes), config, generator)
-        decay.step()
         return_mean, success_rate = torch.tensor(episodes[-100:]).mean(0).tolist() if episodes else (None, None)
-        yield dict(update=update, env_steps=update * config.n_envs * config.n_steps, episodes=len(episodes),
-                   return_mean=return_mean, success_rate=success_rate, seconds=time.perf_counter() - begin, **stats)
+        history.append(dict(update=update + 1, env_steps=(update + 1) * config.n_envs * config.n_steps,
+                            episodes=len(episodes), return_mean=return_mean, success_rate=success_rate,
+                            seconds=time.perf_counter() - begin, **stats))
+        if folder:
+            save(folder, agent, config=asdict(config), metrics=history, episodes=episodes,
+                 players=[player.snapshot() for player in players],
+                 generator=generator.get_state(), optimizer=optimizer.state_dict())
+        yield history[-1]
 
 # ---------------------------------------------------------------- command line
-def load_agent(model, env_fn, seed=0, device="cpu"):
-    """The tiny agent ("tiny"), or a causal LM from the hub, a local folder or a .gguf file; else ValueError."""
+def load_agent(model, env_fn, seed=0, device="cpu", train_layers=None):
+    """The tiny agent ("tiny"), or a causal LM from the hub, a local folder or a .gguf file; else ValueError.
+    train_layers: only that many of its last layers learn. On a GPU a real model computes in bfloat16, else float32."""
     if model == "tiny":
-        return tiny_agent(env_fn, seed).to(device)
-    torch.manual_seed(seed)                                                          # the critic's first layer is drawn
-    where, options = (Path(model).parent, {"gguf_file": Path(model).name}) if model.endswith(".gguf") else (model, {})
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
-        return LanguageAgent(lm, AutoTokenizer.from_pretrained(where, **options)).to(device)
-    except Exception as error:                                       # whatever a loader raises, the user typed a name
-        raise ValueError(f"cannot load the model {model!r}: expected tiny, a hub id, a local folder or a .gguf file "
-                         f"({' '.join(str(error).split())[:90]}…)") from error
+        agent = tiny_agent(env_fn, seed)
+    else:
+        where, gguf = (Path(model).parent, {"gguf_file": Path(model).name}) if model.endswith(".gguf") else (model, {})
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)                                              # the critic's first layer is drawn
+                agent = LanguageAgent(AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **gguf),
+                                      AutoTokenizer.from_pretrained(where, **gguf))
+        except Exception as error:                                   # whatever a loader raises, the user typed a name
+            raise ValueError(f"cannot load the model {model!r}: expected tiny, a hub id, a local folder or a .gguf "
+                             f"file ({' '.join(str(error).split())[:90]}…)") from error
+        agent.bf16 = device.startswith("cuda")
+    if train_layers:
+        layers = next(x for x in agent.lm.modules() if isinstance(x, nn.ModuleList))       # a model's first list
+        _check(0 < train_layers <= len(layers), f"train_layers is {train_layers}, but {model} has {len(layers)} layers")
+        agent.lm.requires_grad_(False)
+        layers[-train_layers:].requires_grad_(True)
+    return agent.to(device)
+
+def demonstrate(agent, env_fn, episodes, method, seed):
+    """Play sampled, then greedy episodes; print success, mean return and one transcript of each."""
+    for greedy in (False, True):
+        played, story = play(agent, env_fn, episodes, METHODS[method]["policy"], greedy, seed)
+        print(f"{story}\n{method}, seed {seed}, {episodes} {'greedy' if greedy else 'sampled'} episodes:",
+              "mean return {:.2f}, success rate {:.2f}\n".format(*map(mean, zip(*played))))
 
 def report(runs, out):
     """Write the runs to the JSON file `out`, their curves beside it, and print a table: mean ± std over seeds."""
@@ -563,28 +641,43 @@ def report(runs, out):
     print(f"curves: {out.with_suffix('.png')}   numbers: {out}")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train a language agent with POAD and its relatives.")
+    parser = argparse.ArgumentParser(description="Train a language agent with POAD and its relatives.",
+                                     epilog="And every knob of Config, for all methods: --lr 1e-3 --kl_stop null")
     parser.error = lambda message: parser.exit(2, f"poad.py: {message}\n")
     for flag, default, text in (
             ("env", "food", f"one of {', '.join(ENVS)}"), ("wording", "", "of food: long (default) or short"),
-            ("method", "", f"some of {','.join(METHODS)}; default: all that can run"), ("updates", 0, "of each run"),
+            ("method", "", f"some of {','.join(METHODS)}; default: all that can run"),
             ("model", "tiny", "tiny, a hub id, a folder or a .gguf file"), ("device", "cpu", "cpu or cuda"),
-            ("seed", 0, "the first"), ("seeds", 1, "how many"), ("out", "", "JSON file; default runs/ENV.json")):
+            ("train-layers", 0, "how many of its last layers learn; default: all"), ("seed", 0, "the first"),
+            ("seeds", 1, "how many"), ("out", "", "JSON file; default runs/ENV.json"),
+            ("save", "", "folder for checkpoints"), ("resume", "", "folder to go on from"), ("eval", 0, "play N episodes, sampled and greedy; no training")):
         parser.add_argument("--" + flag, type=type(default), default=default, help=text)
+    for knob in vars(Config()).keys() - {"method", "seed"}:
+        parser.add_argument("--" + knob, type=json.loads, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     args, runs = parser.parse_args(argv), []
+    knobs, tiny = {name: x for name, x in vars(args).items() if name in vars(Config())}, args.model == "tiny"
     wording = {"wording": args.wording or "long"} if args.wording or args.env == "food" else {}
-    env_fn, preset = partial(make, args.env, **wording), PRESETS.get(args.env, {})
+    env_fn, folder = partial(make, args.env, **wording), Path(args.resume or args.save)
     try:
         able = [m for m in METHODS if METHODS[m]["policy"] not in RESTRICTED or "menu" in env_fn().reset(seed=0)[1]]
         methods = args.method.split(",") if args.method else able
-        _check(set(methods) <= set(able), f"not {args.method}: on {args.env} choose from {', '.join(able)}")
-        torch.set_num_threads(1 if args.model == "tiny" else torch.get_num_threads())     # it is too small to share
+        _check(set(methods) <= set(able), f"--method {args.method} on {args.env}: choose from {', '.join(able)}"
+               + f" ({' and '.join(RESTRICTED)} need a menu, which {args.env} has not)" * (len(able) < len(METHODS)))
+        _check(not args.resume or any(folder.glob("*/state.pt")), f"{folder} holds no checkpoint to go on from")
+        torch.set_num_threads(1 if tiny else torch.get_num_threads())                     # it is too small to share
         for seed in range(args.seed, args.seed + max(args.seeds, 1)):
-            start = load_agent(args.model, env_fn, seed, args.device)
+            start = load_agent(args.model, env_fn, seed, args.device, args.train_layers)
             for method in methods:
-                config = Config(method, seed=seed, **preset | ({"updates": args.updates} if args.updates else {}))
+                slow = {} if tiny else {"lr": METHODS[method]["lr"] / (6 if args.train_layers else 30)} | REAL
+                config = Config(**PRESETS.get(args.env, {}) | slow | knobs | {"method": method, "seed": seed})
+                agent, place = copy.deepcopy(start), folder / f"{method}-{seed}" if args.resume or args.save else None
+                resume = bool(args.resume) and (place / "state.pt").exists()
+                if args.eval:
+                    resume and load(place, agent)
+                    demonstrate(agent, env_fn, args.eval, method, seed)
+                    continue
                 runs.append({"config": asdict(config) | dict(env=args.env, model=args.model, **wording), "metrics": []})
-                bar = tqdm(train(copy.deepcopy(start), env_fn, config), f"{method:8} seed {seed}", config.updates)
+                bar = tqdm(train(agent, env_fn, config, place, resume), f"{method:8} seed {seed}", config.updates)
                 for metrics in bar:
                     runs[-1]["metrics"].append(metrics)
                     bar.set_postfix(success=metrics["success_rate"])

@@ -15,6 +15,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -31,10 +32,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import envs
 import poad
-from envs import FOOD_UNSEEN, TokenMDP, lunch_mdp, make, random_mdp
+from envs import FOOD_UNSEEN, Player, TokenMDP, lunch_mdp, make, random_mdp
 from poad import (METHODS, Config, LanguageAgent, action_backup, action_policy, assign, bad_backup, bad_discounts, gae,
-                  masked_mean, menu_logp, menu_trie, normalize, ppo_policy_loss, solve, state_values, tiny_agent,
-                  token_backup, train, value_loss)
+                  masked_mean, menu_logp, menu_trie, normalize, ppo_policy_loss, ppo_update, solve, state_values,
+                  tiny_agent, token_backup, train, value_loss)
 
 torch.set_num_threads(1)  # what is tested is small: more threads only wait for each other
 INF, NAN = math.inf, math.nan
@@ -1031,7 +1032,7 @@ class _Bigram(torch.nn.Module):
             for follower, sixteenths in row.items():
                 table[i, self.words.index(follower)] = sixteenths
         self.logits = torch.nn.Parameter((table / 16).log())
-        self.config, self.device = SimpleNamespace(hidden_size=1), torch.device("cpu")
+        self.config, self.device = SimpleNamespace(hidden_size=1, vocab_size=100), torch.device("cpu")
 
     def forward(self, input_ids, logits_to_keep=0, **_):
         logits = self.logits[input_ids][:, -logits_to_keep:]             # (R, K, V); 0 keeps all
@@ -1433,6 +1434,166 @@ def test_poad_learns_to_serve_and_naive_does_not():
     assert share["ntpo"] < 0.2 < share["poad"], f"naive discounts every word and should serve less: {share}"
 
 
+def test_micro_batches_add_up_to_the_whole_minibatch():
+    menus = itertools.cycle((AGENT_MENU, AGENT_MENU, AGENT_MENU[:1]))  # now and then there is nothing to choose
+    rollout = _agent_rollout(_agent(), lambda: _AgentEnv(lambda action: float(len(action)), 2, menu=next(menus)),
+                             Config(n_envs=3, n_steps=4))
+    found = []
+    for size in (None, 5, 1):  # 12 actions: at once; 5, 5 and 2; one by one, of which some are forced
+        agent, config = _agent(), Config(epochs=1, minibatches=1, micro_batch=size, max_grad_norm=1e9)
+        stats = ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), rollout, config, _agent_rng())
+        found.append((torch.cat([p.detach().flatten() for p in agent.parameters()]), stats))
+    for size, (after, stats) in zip((5, 1), found[1:]):
+        _agent_near(after, found[0][0], f"gradients of micro-batches of {size} do not add up to that of the minibatch")
+        for name in ("kl", "clip_fraction", "entropy", "value_loss"):
+            assert stats[name] == pytest.approx(found[0][1][name], abs=1e-4), f"{name} depends on micro_batch={size}"
+
+
+def test_a_rollout_reads_nothing_twice():
+    agent, read = _agent(), []
+    agent.lm.register_forward_pre_hook(lambda lm, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    env = partial(_AgentEnv, limit=1)  # the same observation for ever
+    players = [Player(env()) for _ in range(3)]
+    for steps in (1, 6):
+        read.clear()
+        poad.collect(agent, players, Config(n_steps=steps, n_envs=3), _agent_rng(), [])
+        calls = len(read) if steps == 1 else calls
+    assert len(read) == calls, f"one step takes {calls} readings of the LM, six of the same {len(read)}"
+    list(poad.train(agent, env, Config(updates=2, n_envs=3, n_steps=2, lr=0.01)))  # asserts that nothing is outdated
+    assert agent.memory is None, "what is remembered must not outlive the rollout: the weights change"
+
+
+def test_long_readings_are_cut_into_parts():
+    agent = _agent()
+    prompts, menus = ["you", "it", "you now"], [AGENT_MENU, AGENT_PREFIX_MENU, AGENT_MENU]
+    whole = [x.detach() for x in agent.score(prompts, menus)]
+    with mock.patch.object(agent.lm.config, "vocab_size", 2**21):  # as if it were so large that few rows fit
+        parts = agent.score(prompts, menus)
+    for a, b in zip(whole, parts):
+        _agent_near(b, a, "reading in parts changes the scores")
+
+
+def test_bfloat16_computes_and_trains():
+    agent, same = _agent(spread=0.1), _agent(spread=0.1)
+    agent.bf16 = True
+    a, b = (x.score(["you"], [AGENT_MENU])[0] for x in (agent, same))
+    assert a.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.1, "bfloat16 is near float32, and not the same"
+    assert all(p.dtype == torch.float32 for p in agent.parameters()), "the weights themselves stay float32"
+    for m in train(agent, _agent_pays, Config(updates=2, n_envs=3, n_steps=4)):
+        assert math.isfinite(m["kl"]) and math.isfinite(m["value_loss"])
+
+
+# ------------------------------------------------------------------ checkpoints and evaluation
+
+
+def _tiny(name, **options):
+    env_fn = partial(envs.make, name, **options)
+    return poad.tiny_agent(env_fn, pretrain_steps=2), env_fn
+
+
+def _plain(metrics):
+    return [{name: x for name, x in m.items() if name != "seconds"} for m in metrics]
+
+
+def _files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name, options, critic", [("food", {}, "head"), ("orders", dict(slots=2), "copy"),
+                                                   ("salad", {}, "head"), ("lunch", {}, "head")])
+def test_resume_goes_on_bit_for_bit(tmp_path, name, options, critic):
+    start, env_fn = _tiny(name, **options)
+    start = LanguageAgent(start.lm, start.tokenizer, critic)
+    config = Config(updates=4, n_envs=3, n_steps=7, epochs=1, lr_decay=True)  # 7: the cut falls into the episodes
+    whole, first, second = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start)
+    expected = list(train(whole, env_fn, config))
+    list(itertools.islice(train(first, env_fn, config, tmp_path / "run"), 2))
+    for player in second.parameters():
+        torch.nn.init.zeros_(player)  # whatever the new agent holds is replaced
+    torch.rand(5)  # no hidden dependence on torch's own generator
+    resumed = list(train(second, env_fn, config, tmp_path / "run", resume=True))
+    assert _plain(resumed) == _plain(expected), "the resumed run differs from an uninterrupted one"
+    assert [m["seconds"] for m in resumed] == sorted(m["seconds"] for m in resumed), "the clock goes on, too"
+    for (key, x), y in zip(whole.state_dict().items(), second.state_dict().values()):
+        assert torch.equal(x, y), f"{key} differs from that of an uninterrupted run"
+    assert len(_files(tmp_path / "run")) == 2, f"one checkpoint is kept, not {sorted(_files(tmp_path / 'run'))}"
+
+
+class _Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bombed",)
+
+
+@pytest.mark.parametrize("damage", ("missing", "weights cut", "state cut", "foreign state", "code", "foreign weights"))
+def test_a_bad_checkpoint_is_refused_and_kept(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    agent, env_fn = _tiny("lunch")
+    config, folder = Config(updates=1, n_envs=2, n_steps=2, epochs=1), tmp_path / "run"
+    list(train(agent, env_fn, config, folder))
+    weights, = folder.glob("*.safetensors")
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "foreign weights":
+        poad.save_model(_tiny("pancake")[0], str(weights))
+    elif damage in ("foreign state", "code"):
+        torch.save({"x": 1} if damage == "foreign state" else {"metrics": [_Bomb()]}, folder / "state.pt")
+    else:
+        path = weights if damage == "weights cut" else folder / "state.pt"
+        path.write_bytes(path.read_bytes()[:1000])
+    before = _files(folder)
+    with pytest.raises(ValueError, match="run holds no checkpoint"):
+        list(train(agent, env_fn, dataclasses.replace(config, updates=2), folder, resume=True))
+    assert _files(folder) == before, "a bad checkpoint must stay as it is"
+    assert not (tmp_path / "bombed").exists(), "a checkpoint must never run code"
+
+
+def test_checkpoints_are_not_mixed_up(tmp_path):
+    agent, env_fn = _tiny("lunch")
+    config = Config(updates=1, n_envs=2, n_steps=2, epochs=1)
+    list(train(agent, env_fn, config, tmp_path))
+    before = _files(tmp_path)
+    for change, resume, words in (({}, False, "resume"), ({"lr": 0.5}, True, "configuration")):
+        with pytest.raises(ValueError, match=words):
+            list(train(agent, env_fn, dataclasses.replace(config, **change), tmp_path, resume))
+    with pytest.raises(ValueError, match="Lunch"):  # the saved game is another one
+        list(train(agent, partial(envs.make, "pancake"), config, tmp_path, resume=True))
+    with pytest.raises(ValueError, match="snapshot"):
+        list(train(_agent(), _agent_pays, config, tmp_path / "other"))
+    assert _files(tmp_path) == before, "a refused run must not touch the checkpoint"
+
+
+def test_a_broken_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    agent, env_fn = _tiny("lunch")
+    config = Config(updates=3, n_envs=2, n_steps=2, epochs=1)
+    run = train(agent, env_fn, config, tmp_path)
+    next(run)
+    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=KeyboardInterrupt))  # while the second one is written
+    with pytest.raises(KeyboardInterrupt):
+        next(run)
+    monkeypatch.undo()
+    assert len(list(train(_tiny("lunch")[0], env_fn, config, tmp_path, resume=True))) == 3
+
+
+def test_play():
+    agent, pays = _agent(spread=0.1), {text: float(k) for k, text in enumerate(AGENT_MENU)}
+    env = partial(_AgentEnv, pays.get, limit=1, wins=lambda: True)
+    with torch.no_grad():
+        chances = agent.score(["p0 s0"], [AGENT_MENU], "token")[0].softmax(-1)
+    played, story = poad.play(agent, env, 2000)
+    mean = sum(total for total, _ in played) / 2000
+    exact = sum(p * pays[text] for p, text in zip(chances.tolist(), AGENT_MENU))
+    assert len(played) == 2000 and all(success is True for _, success in played)
+    assert abs(mean - exact) < 4 * max(pays.values()) / 2000**0.5, f"mean return {mean}, but Σ π r is {exact}"
+    assert "p0 s0" in story and any(text in story for text in AGENT_MENU), f"the first episode is not told: {story}"
+    assert poad.play(agent, env, 5)[0] == poad.play(agent, env, 5)[0] != poad.play(agent, env, 50, seed=1)[0][:5]
+    greedy = {total for total, _ in poad.play(agent, env, 5, greedy=True)[0]}
+    assert len(greedy) == 1, f"greedy play in the same situation must not vary: {greedy}"
+    lengths = iter((3, 1, 2))
+    played, story = poad.play(agent, lambda: _AgentEnv(lambda action: 1.0, next(lengths)), 3)
+    assert [total for total, _ in played] == [3, 1, 2], "every episode ends for itself"
+    assert story.count("→") == 3, "the transcript is of the first episode, and whole"
+
+
 # ------------------------------------------------------------------ command line
 
 
@@ -1469,7 +1630,8 @@ def test_command_line(_agent_cli, tmp_path, capsys):
 
 @pytest.mark.parametrize("args, said", (
     (("--env", "dinner"), ("dinner", "lunch", "food")), (("--method", "poad,ppo"), ("ppo", "poad", "twosome")),
-    (("--method", "glam", "--env", "scikit"), ("glam", "poad")), (("--wording", "long"), ("wording",)),
+    (("--method", "glam", "--env", "scikit"), ("glam", "poad", "need a menu")),
+    (("--wording", "long"), ("wording",)),
     (("--model", "/no/such/folder"), ("/no/such/folder", "tiny")), (("--updates", "many"), ("updates", "many")),
     (("--model", "/no/such/model.gguf"), ("model.gguf", "tiny"))))
 def test_command_line_refuses_in_one_line(_agent_cli, capsys, args, said):
@@ -1481,7 +1643,7 @@ def test_command_line_refuses_in_one_line(_agent_cli, capsys, args, said):
 
 
 def test_command_line_keeps_what_was_measured(_agent_cli, tmp_path, monkeypatch, capsys):
-    def train_then_interrupt(agent, env_fn, config):
+    def train_then_interrupt(*args):
         yield dict(update=1, env_steps=4, episodes=0, return_mean=None, success_rate=None, seconds=0.1)
         raise KeyboardInterrupt
     monkeypatch.setattr(poad, "train", train_then_interrupt)
@@ -1490,6 +1652,50 @@ def test_command_line_keeps_what_was_measured(_agent_cli, tmp_path, monkeypatch,
     run, = _agent_json(out)
     assert [m["update"] for m in run["metrics"]] == [1] and run["metrics"][0]["return_mean"] is None
     assert out.with_suffix(".png").exists() and "interrupt" in "".join(capsys.readouterr()).lower()
+
+
+def test_command_line_saves_resumes_and_evaluates(_agent_cli, tmp_path, capsys):
+    def metrics(name):
+        return {run["config"]["method"]: _plain(run["metrics"]) for run in _agent_json(tmp_path / name)}
+    both = ("--method", "poad,glam")
+    _agent_cli(*both, "--updates", "3", "--out", "whole.json")
+    _agent_cli(*both, "--updates", "2", "--out", "part.json", "--save", "kept")
+    _agent_cli(*both, "--updates", "3", "--out", "more.json", "--resume", "kept")
+    assert metrics("part.json") == {m: x[:2] for m, x in metrics("whole.json").items()}
+    assert metrics("more.json") == metrics("whole.json"), "saved after 2 of 3 updates and resumed is not the same run"
+    capsys.readouterr()
+    for args in (("--resume", "kept"), ()):  # a saved and a fresh agent
+        _agent_cli(*both, *args, "--eval", "3")
+        printed = capsys.readouterr().out
+        assert printed.count("3 sampled episodes") == printed.count("3 greedy episodes") == 2, printed
+        assert "success" in printed and "mean return" in printed and "salad" in printed, "figures, and a transcript"
+    for args, words in ((("--save", "kept"), "resume"), (("--resume", "nowhere"), "nowhere"),
+                        (("--resume", "kept", "--lr", "0.5"), "configuration")):
+        with pytest.raises(SystemExit):
+            _agent_cli(*both, *args, "--updates", "3")
+        assert words in capsys.readouterr().err
+
+
+def test_command_line_sets_every_knob(_agent_cli, tmp_path):
+    _agent_cli("--method", "poad", "--updates", "1", "--lr", "0.25", "--kl_stop", "null", "--n_envs", "3")
+    config = _agent_json(tmp_path / "runs" / "lunch.json")[0]["config"]
+    assert (config["lr"], config["kl_stop"], config["n_envs"], config["n_steps"]) == (0.25, None, 3, 2)
+
+
+@ON_BOTH_LMS
+def test_train_layers(tmp_path, kind):
+    with pytest.raises(ValueError, match="2 layers"):
+        poad.load_agent("tiny", AGENT_LUNCH, train_layers=9)
+    agent = _agent(kind)
+    agent.lm.save_pretrained(tmp_path)
+    agent.tokenizer.save_pretrained(tmp_path)
+    for count, learn in ((1, {"1"}), (None, {"0", "1", ""})):
+        loaded = poad.load_agent(str(tmp_path), AGENT_LUNCH, train_layers=count)
+        before = copy.deepcopy(loaded.lm.state_dict())
+        list(train(loaded, _agent_pays, Config(updates=1, n_envs=2, n_steps=2, lr=0.01)))
+        moved = {name for name, x in loaded.lm.state_dict().items() if not torch.equal(x, before[name])}
+        layers = {"".join(re.findall(r"\.(\d+)\.", name)) for name in moved}
+        assert layers == learn, f"train_layers={count}: what moved is {moved}"
 
 
 def test_load_agent_reads_a_local_folder(tmp_path):
