@@ -2346,19 +2346,23 @@ def menu_logp(logits, allowed):
 class LanguageAgent(nn.Module):
     def score(self, prompts, menus, policy="glam"):
         raise NotImplementedError("Exercise 13: score")
+
+from poad import bad_backup as theirs
+def bad_backup(q, mdp, gamma, policy=None, temperature=0.0):
+    return theirs(q, mdp, gamma, policy, temperature)
 """
 
 
 def test_grade_contains_whatever_a_solution_does(kit, tmp_path, capsys):
     (tmp_path / "poad.py").write_text(SUBMISSION)
-    kit.main(["grade", str(tmp_path / "poad.py"), "--limit", "2", "--json", "--exercises", "6-14"])
+    kit.main(["grade", str(tmp_path / "poad.py"), "--limit", "3", "--json", "--exercises", "4,6-14"])
     result = json.loads(capsys.readouterr().out)
     rows = {row["function"]: row for row in result["exercises"]}
     assert rows["bad_discounts"]["points"] == result["points"] == EXERCISES["bad_discounts"][1], rows["bad_discounts"]
     line = 1 + SUBMISSION[:SUBMISSION.index("*+*")].count("\n")
     for name, words in dict(gae="GAE recurrence", masked_mean="endless loop", normalize="exit code 0",
                             ppo_policy_loss="bye", value_loss=f"SyntaxError in line {line}", menu_logp="SIGSEGV",
-                            score="not written", assign="defines no function assign").items():
+                            score="not written", assign="defines no function assign", bad_backup="theirs").items():
         assert not rows[name]["passed"] and words in rows[name]["message"], f"{name}: {rows[name]}"
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -162,40 +163,49 @@ def statements(source, offset=0):
     return found, broken
 
 
-@contextlib.contextmanager
-def grafted(source, name, filename="poad.py"):
-    """Inside it the exercise `name` is the version of a student's file, all others are the reference. What else the
-    file defines is seen by this function only: given code may be changed for oneself, not for the tests."""
-    nodes, broken = statements(source)
-    space, agent, trouble = dict(vars(poad)), {}, dict(broken)
-    for gone in (name, *HELPERS.get(name, ())):
-        space.pop(gone, None)
+def load(source, name, filename, space):
+    """Run a student's statements in `space`, a copy of the reference without the exercise `name`; other exercises are
+    left out. Returns: the student's version; methods that were added to LanguageAgent; what went wrong, {name: why}."""
+    nodes, trouble = statements(source)
+    method, methods = hasattr(poad.LanguageAgent, name), {}
     for node in nodes:
-        given = isinstance(node, ast.ClassDef) and hasattr(poad, node.name)
-        parts = node.body if given and node.name == "LanguageAgent" else [] if given else [node]
-        for part in parts:
+        given = isinstance(node, ast.ClassDef) and hasattr(poad, node.name)      # of given classes only methods count
+        for part in [node] if not given else node.body if node.name == "LanguageAgent" else []:
             names = names_of(part)
-            wanted = part is node or names == [name] or (
-                isinstance(part, ast.FunctionDef) and not hasattr(poad.LanguageAgent, part.name))
-            if not names or not wanted or set(names) & (EXERCISES.keys() - {name}):
+            if not names or set(names) & (EXERCISES.keys() - {name}) or (
+                    given and names != [name] and hasattr(poad.LanguageAgent, names[0])):
                 continue
             try:
                 exec(compile(ast.fix_missing_locations(ast.Module([part], [])), filename, "exec"), space)
             except Exception as error:
-                trouble.update(dict.fromkeys(names, f"{type(error).__name__}: {error}"))
-            if part is not node and part.name in space:
-                agent[part.name] = space.pop(part.name)
-    mine = agent.pop(name, None) if hasattr(poad.LanguageAgent, name) else space.get(name)
+                trouble |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
+            if given and names[0] in space:
+                methods[names[0]] = space.pop(names[0])
+    mine = (methods if method else space).pop(name, None)
     if mine is None:
-        why = trouble.get(name) or trouble.get("LanguageAgent" if hasattr(poad.LanguageAgent, name) else "")
+        why = trouble.get(name) or (trouble.get("LanguageAgent") if method else None)
         raise SyntaxError(why or f"the file defines no function {name}")
+    return mine, methods, trouble
+
+
+@contextlib.contextmanager
+def grafted(source, name, filename="poad.py"):
+    """Inside it the exercise `name` is the version of a student's file, all others are the reference. What else the
+    file defines is seen by this function only: given code may be changed for oneself, not for the tests. Who imports
+    poad gets that mixture too, and neither the reference of this exercise nor the tests."""
+    mixture, gone = types.ModuleType("poad"), (name, *HELPERS.get(name, ()))
+    space = vars(mixture)
+    space.update({key: x for key, x in vars(poad).items() if not key.startswith("__") and key not in gone})
     with contextlib.ExitStack() as stack:
+        for key, module in dict(poad=mixture, test_poad=None, kit=None).items():
+            stack.callback(sys.modules.__setitem__, key, sys.modules[key])
+            sys.modules[key] = module
+        mine, methods, trouble = load(source, name, filename, space)
+        space.setdefault(name, mine)
         owner = poad.LanguageAgent if hasattr(poad.LanguageAgent, name) else poad
-        stack.enter_context(mock.patch.object(owner, name, mine))
-        if hasattr(test_poad, name):
-            stack.enter_context(mock.patch.object(test_poad, name, mine))
-        for extra, f in agent.items():
-            stack.enter_context(mock.patch.object(poad.LanguageAgent, extra, f, create=True))
+        patches = [(owner, name, mine), *((poad.LanguageAgent, key, f) for key, f in methods.items())]
+        for owner, key, f in patches + [(test_poad, name, mine)] * hasattr(test_poad, name):
+            stack.enter_context(mock.patch.object(owner, key, f, create=True))
         yield "; ".join(f"{key}: {why}" for key, why in trouble.items() if key not in EXERCISES)
 
 
