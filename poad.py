@@ -99,7 +99,7 @@ def solve(backup, q0, tol=1e-12, max_iters=100_000):
     raise RuntimeError(f"no fixed point after {max_iters} backups: the last one still moved an entry by {residual:.3g}")
 
 def action_policy(token_policy, mdp):
-    """Exercise 5 (2 points). Chain rule, (S, N, V) → (S, A): π(a|s) = Π_j π(wʲ|s, w<ʲ), w<ʲ of mdp.prefixes: ½·¼=⅛."""
+    """Exercise 5 (2 points). Chain rule, (S, N, V) → (S, A), differentiable: π(a|s) = Π_j π(wʲ|s, w<ʲ); ½ · ¼ = ⅛."""
     token_policy, node = torch.as_tensor(token_policy), {prefix: n for n, prefix in enumerate(mdp.prefixes)}
     _check_shapes(table=torch.empty(len(mdp.reward), *mdp.child.shape), token_policy=token_policy)
     columns = [[token_policy[:, node[a[:j]], w] for j, w in enumerate(a)] for a in map(tuple, mdp.actions)]

@@ -74,7 +74,11 @@ def near(actual, expected, hint, mistakes=None, tol=1e-9):
 
 def backward(x):
     assert getattr(x, "requires_grad", False), "no gradient at all: detached from the inputs, or a plain number"
-    x.backward()
+    try:
+        x.backward()
+    except RuntimeError as error:
+        assert "inplace" not in str(error), "the gradient breaks where numbers are overwritten: collect them and stack"
+        raise
 
 
 def refuses(call, *words):
@@ -431,6 +435,13 @@ def test_action_policy_by_hand():
         "sum instead of product": [[.25, 1.25, 2.25], [.5, .75, 2.25]],
         "the last token is left out": [[1, .75, .375], [1, .5, .375]],
         "the first token is left out": [[1, .5, .5], [1, .25, .75]]})
+
+
+def test_action_policy_lets_the_gradient_through():
+    """The derivative of a product by one factor is the product of the others."""
+    token_policy = small_table((.25, .75, .5, .5, 1), (.5, .5, .25, .75, 1), invalid=0.).requires_grad_()
+    backward(action_policy(token_policy, small_mdp())[0, 2])                                         # b: ¾, a: ½, c: 1
+    near(token_policy.grad, small_table((0, .5, 0, .75, .375), [0] * 5, invalid=0.), "not the gradient of the product")
 
 
 @ON_RANDOM_MDPS
@@ -918,6 +929,9 @@ def test_menu_logp_by_hand():
     near(menu_logp(logits.repeat(2, 1), torch.tensor([[1, 1, 0], [0, 1, 0]])).exp(), [[1 / 4, 3 / 4, 0], [0, 1, 0]],
          "each row has its own menu; one choice left has probability 1", tol=1e-6)
     near(menu_logp(torch.tensor([100., 100.]), None), [-math.log(2)] * 2, "exp overflows for large logits", tol=1e-4)
+    logits.requires_grad_()
+    backward(menu_logp(logits, allowed)[0, 0])
+    near(logits.grad, [[1 - 1 / 4, -3 / 4, 0]], "not the gradient of log π, and 0 where nothing is allowed", tol=1e-6)
     for kind in (torch.bfloat16, torch.float64):
         assert menu_logp(logits.to(kind), allowed).dtype == torch.float32, "log-probs must be float32, of any LM"
 

@@ -65,11 +65,13 @@ def bad_backup(q, mdp, gamma, policy=None, temperature=0.0):
 def action_policy(token_policy, mdp):
     S = len(mdp.reward)
     _check(token_policy.shape == (S, *mdp.child.shape), f"{tuple(token_policy.shape)}, {(S, *mdp.child.shape)}")
-    result = torch.ones(S, len(mdp.actions), dtype=token_policy.dtype)
+    columns = []
     for a, tokens in enumerate(mdp.actions):
+        total = torch.ones(S, dtype=token_policy.dtype)
         for j in range(len(tokens)):
-            result[:, a] = result[:, a] * token_policy[:, mdp.prefixes.index(tokens[:j]), tokens[j]]
-    return result
+            total = total * token_policy[:, mdp.prefixes.index(tokens[:j]), tokens[j]]
+        columns.append(total)
+    return torch.stack(columns, 1)
 ''', bad_discounts='''
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     _check_unit(gamma=gamma, gamma_token=gamma_token)
@@ -232,11 +234,11 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
     ("action_policy", "sum of logarithms, walking down the trie", '''
 def action_policy(token_policy, mdp):
     _check_shapes(expected=torch.zeros(len(mdp.reward), *mdp.child.shape), token_policy=token_policy)
-    logp, columns = token_policy.log(), []
+    columns = []
     for tokens in mdp.actions:
         n, total = 0, 0.0
         for w in tokens:
-            total, n = total + logp[:, n, w], mdp.child[n, w]
+            total, n = total + token_policy[:, n, w].log(), mdp.child[n, w]
         columns.append(total.exp())
     return torch.stack(columns, -1)
 '''),
@@ -401,10 +403,14 @@ MISTAKES = [
     ("bad_backup", "gamma was applied inside the action", "gamma, 1.0", "gamma, gamma"),
     ("bad_backup", "gamma and gamma_token swapped", "gamma, 1.0", "1.0, gamma"),
     ("bad_backup", "policy or temperature lost", "policy=policy, temperature=temperature", ""),
-    ("action_policy", "sum instead of product", "result[:, a] * token", "(j > 0) * result[:, a] + token"),
-    ("action_policy", "only the last token", "result[:, a] * token", "token"),
+    ("action_policy", "sum instead of product", "total * token", "(j > 0) * total + token"),
+    ("action_policy", "only the last token", "total * token", "token"),
     ("action_policy", "the last token is left out", "range(len(tokens))", "range(len(tokens) - 1)"),
     ("action_policy", "the first token is left out", "range(len(tokens))", "range(1, len(tokens))"),
+    ("action_policy", "overwritten", "columns = []",
+     "table = torch.ones(S, len(mdp.actions), dtype=token_policy.dtype)\n"
+     "    for a, tokens in enumerate(mdp.actions):\n        for j, w in enumerate(tokens):\n"
+     "            table[:, a] = table[:, a] * token_policy[:, mdp.prefixes.index(tokens[:j]), w]\n    return table"),
     ("bad_discounts", "gamma was applied inside the action", "= gamma_token\n", "= gamma\n"),
     ("bad_discounts", "bootstrapped across an episode's end", "elif not done[b, n]:", "else:"),
     ("bad_discounts", "`done` was read inside an action", "if not action_end[b, n]:",
