@@ -484,6 +484,7 @@ def test_bad_discounts_by_hand(dtype):
         "gamma times gamma_token at the action's end": [[.25, .25, .125, 0, .25, .125]]})
     near(bad_discounts(end, done, 0.5), [[1, 1, .5, 0, 1, .5]], "gamma_token is 1 unless told otherwise", {
         "gamma was applied inside the action": [[.5, .5, .5, 0, .5, .5]]})
+    near(bad_discounts(end.view(1, 2, 3), done.view(1, 2, 3), 0.5), [[[1, 1, .5], [0, 1, .5]]], "of any shape")
     exact_end = torch.ones(1, 2, dtype=torch.float64)
     near(bad_discounts(exact_end, t([[0, 1]]), 0.9, 0.3), [[.9, 0]], "γ rounded to float32", tol=1e-12)
     near(bad_discounts(0 * exact_end, t([[0, 1]]), 0.9, 0.3), [[.3, .3]], "γ_w rounded to float32", tol=1e-12)

@@ -77,14 +77,15 @@ def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     _check_unit(gamma=gamma, gamma_token=gamma_token)
     _check_shapes(action_end=action_end, done=done)
     kind = action_end.dtype if action_end.is_floating_point() else torch.float32
-    result = torch.zeros(action_end.shape, dtype=kind)
-    for b in range(action_end.shape[0]):
-        for n in range(action_end.shape[1]):
-            if not action_end[b, n]:
-                result[b, n] = gamma_token
-            elif not done[b, n]:
-                result[b, n] = gamma
-    return result
+    result = []
+    for end, over in zip(action_end.flatten(), done.flatten()):
+        if not end:
+            result.append(gamma_token)
+        elif not over:
+            result.append(gamma)
+        else:
+            result.append(0.0)
+    return torch.tensor(result, dtype=kind).reshape(action_end.shape)
 ''', gae='''
 def gae(rewards, values, discounts, lambdas, mask, last_values):
     if not torch.is_tensor(lambdas) or lambdas.dim() == 0:
@@ -411,11 +412,10 @@ MISTAKES = [
      "table = torch.ones(S, len(mdp.actions), dtype=token_policy.dtype)\n"
      "    for a, tokens in enumerate(mdp.actions):\n        for j, w in enumerate(tokens):\n"
      "            table[:, a] = table[:, a] * token_policy[:, mdp.prefixes.index(tokens[:j]), w]\n    return table"),
-    ("bad_discounts", "gamma was applied inside the action", "= gamma_token\n", "= gamma\n"),
-    ("bad_discounts", "bootstrapped across an episode's end", "elif not done[b, n]:", "else:"),
-    ("bad_discounts", "`done` was read inside an action", "if not action_end[b, n]:",
-     "if done[b, n]:\n                result[b, n] = 0\n            elif not action_end[b, n]:"),
-    ("bad_discounts", "`done` is upside down", "elif not done", "elif done"),
+    ("bad_discounts", "gamma was applied inside the action", "append(gamma_token)", "append(gamma)"),
+    ("bad_discounts", "bootstrapped across an episode's end", "append(0.0)", "append(gamma)"),
+    ("bad_discounts", "`done` was read inside an action", "append(gamma_token)", "append(gamma_token * (1 - over.long()))"),
+    ("bad_discounts", "`done` is upside down", "elif not over", "elif over"),
     ("bad_discounts", "rounded to float32", "action_end.dtype if action_end.is_floating_point() else ", ""),
     ("gae", "bootstrapped across an episode's end", "d * next_value", "(d or 0.5) * next_value"),
     ("gae", "the reward is lost where an episode ends", "delta = r +", "delta = r * (d > 0) +"),
