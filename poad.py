@@ -110,7 +110,7 @@ def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     """Exercise 6 (3 points). What follows each token is worth this much: the one vector in which BAD and naive differ.
     γ_n = γ_w inside an action,   γ after its last token,   0 after the last token of a finished episode
     BAD is γ_w = 1, naive is γ_w = γ, action level is every slot an action end.
-    Args: action_end, done (any shape): booleans or 0/1, float dtypes stay; done is read at action ends; γ, γ_w in [0, 1].
+    Args: action_end, done (any shape): booleans or 0/1, float dtypes stay; done read at action ends; γ, γ_w in [0, 1].
     >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
     tensor([[1.0000, 0.5000, 1.0000, 0.0000]])"""
     _check_unit(gamma=gamma, gamma_token=gamma_token)

@@ -414,7 +414,7 @@ MISTAKES = [
      "            table[:, a] = table[:, a] * token_policy[:, mdp.prefixes.index(tokens[:j]), w]\n    return table"),
     ("bad_discounts", "gamma was applied inside the action", "append(gamma_token)", "append(gamma)"),
     ("bad_discounts", "bootstrapped across an episode's end", "append(0.0)", "append(gamma)"),
-    ("bad_discounts", "`done` was read inside an action", "append(gamma_token)", "append(gamma_token * (1 - over.long()))"),
+    ("bad_discounts", "`done` was read inside an action", "append(gamma_token)", "append(0 if over else gamma_token)"),
     ("bad_discounts", "`done` is upside down", "elif not over", "elif over"),
     ("bad_discounts", "rounded to float32", "action_end.dtype if action_end.is_floating_point() else ", ""),
     ("gae", "bootstrapped across an episode's end", "d * next_value", "(d or 0.5) * next_value"),
