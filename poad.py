@@ -62,7 +62,7 @@ def state_values(q, policy=None, temperature=0.0):
 
 def action_backup(q, mdp, gamma, policy=None, temperature=0.0):
     """Exercise 2 (2 points). One Bellman backup at action level: the whole action is one decision.
-    Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s')                                            (Eq. 4-5)
+    Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s')   (Eq. 4-5)      R = 1, γ = ½, P = (½, ½), V = (4, 12): 1 + ½ · 8 = 5
     Args: q, policy: (S, A); mdp: TokenMDP (`reward`, `transition`); gamma: in [0, 1].   → (S, A), float64."""
     _check_unit(gamma=gamma)
     q = torch.as_tensor(q, dtype=torch.float64)
@@ -73,8 +73,8 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
     """Exercise 3 (4 points). One Bellman backup at token level: every token is a decision.
     Q(s, w<ʲ, wʲ) ← γ_w · V(s, w≤ʲ)                         inside the action, j < n       (Eq. 9, 13)
     Q(s, w<ⁿ, wⁿ) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s', ∅)    when wⁿ completes a            (Eq. 10, 14)
-    γ_w = γ is naive (NTPO), γ_w = 1 is BAD. Tokens that continue no action get −inf, whatever q holds there.
-    Args: q, policy: (S, N, V), prefix 0 is ∅; mdp: TokenMDP (`child`, `leaf`); gamma, gamma_token: in [0, 1] → as q."""
+    γ_w = γ is naive (NTPO), γ_w = 1 is BAD: 3 tokens that pay 1 at the end are worth ¼, ½, 1 at γ_w = ½, else 1, 1, 1.
+    Args: q, policy (S, N, V), ∅ is prefix 0; mdp: TokenMDP (`child`, `leaf`); γ, γ_w in [0, 1]. Invalid token: −inf."""
     _check_unit(gamma=gamma, gamma_token=gamma_token)
     q = torch.as_tensor(q, dtype=torch.float64)
     inside, complete = mdp.child >= 0, mdp.leaf >= 0                                      # (N, V): goes on | completes
@@ -99,7 +99,7 @@ def solve(backup, q0, tol=1e-12, max_iters=100_000):
     raise RuntimeError(f"no fixed point after {max_iters} backups: the last one still moved an entry by {residual:.3g}")
 
 def action_policy(token_policy, mdp):
-    """Exercise 5 (2 points). Chain rule, (S, N, V) → (S, A): π(a|s) = Π_j π(wʲ|s, w<ʲ), w<ʲ a row of mdp.prefixes."""
+    """Exercise 5 (2 points). Chain rule, (S, N, V) → (S, A), differentiable: π(a|s) = Π_j π(wʲ|s, w<ʲ); ½ · ¼ = ⅛."""
     token_policy, node = torch.as_tensor(token_policy), {prefix: n for n, prefix in enumerate(mdp.prefixes)}
     _check_shapes(table=torch.empty(len(mdp.reward), *mdp.child.shape), token_policy=token_policy)
     columns = [[token_policy[:, node[a[:j]], w] for j, w in enumerate(a)] for a in map(tuple, mdp.actions)]
@@ -110,7 +110,7 @@ def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     """Exercise 6 (3 points). What follows each token is worth this much: the one vector in which BAD and naive differ.
     γ_n = γ_w inside an action,   γ after its last token,   0 after the last token of a finished episode
     BAD is γ_w = 1, naive is γ_w = γ, action level is every slot an action end.
-    Args: action_end, done: (B, N), booleans or 0/1; done is read at action ends only; gamma, gamma_token: in [0, 1].
+    Args: action_end, done (any shape): booleans or 0/1, float dtypes stay; done is read at action ends; γ, γ_w in [0, 1].
     >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
     tensor([[1.0000, 0.5000, 1.0000, 0.0000]])"""
     _check_unit(gamma=gamma, gamma_token=gamma_token)
@@ -136,7 +136,7 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
     δ_n = r_n + γ_n v_{n+1} − v_n        A_n = δ_n + γ_n λ_n A_{n+1}        returns_n = A_n + v_n
     v_{n+1} is the value of the next *written* token; a masked slot has no reward, value or decay and may hold anything.
     With γ_w = λ_w = 1 (POAD here) an action's first token gets the action-level GAE(λ); λ at every token (the paper's
-    code) leaves it .95⁴ = .81 of 5. A time limit is no termination: it enters as r_n + γ V(o_next) with discount 0.
+    code) leaves .95⁴ = .81 of it to 5. A time limit is no termination: it enters as r_n + γ V(o_next) with discount 0.
     Args: rewards, values, discounts (see `bad_discounts`), mask: (B, N); lambdas: scalar or (B, N); last_values: (B,),
       what follows a row's last written token.   Returns: (advantages, returns), (B, N), 0 where masked, no gradient.
     >>> one = torch.ones(1, 3)                            # an action of three tokens, reward 1 at its end, values ½
@@ -175,7 +175,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     """Exercise 10 (4 points). PPO's clipped surrogate (arXiv 1707.06347, Eq. 7): a mean over real tokens or actions.
     ratio = exp(logp − old_logp)        loss = −mean min( ratio · A,  clamp(ratio, 1 − ε, 1 + ε) · A )
     Args: logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, usually .1-.3.   Returns: (loss,
-      info): "kl", mean of ratio − 1 − log ratio ≥ 0, estimates KL(π_old, π); "clip_fraction": share of |ratio − 1| > ε.
+      info, detached): "kl", mean of ratio − 1 − log ratio ≈ KL(π_old, π); "clip_fraction": share of |ratio − 1| > ε.
     >>> new, one = torch.tensor([[1.5, 0.5]]).log(), torch.ones(1, 2)
     >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)      # −(1.2 + 0.5) / 2: the first ratio is clipped
     -0.85"""
@@ -328,8 +328,8 @@ class LanguageAgent(nn.Module):
 
     def score(self, prompts, menus, policy="glam"):
         """Exercise 13 (4 points). Σ_j log p(wʲ|o, w<ʲ), no eos, unrestricted, of every menu entry: list of (A_i,).
-        "twosome" divides by the number of words; "token" sums log π, restricted to the menu and with eos. The softmax
-        over a menu is π(a|o). With gradient; `_tokens` reads each distinct prompt once for its menu."""
+        "twosome" divides it by the number of words: ½ log ⅛ if p = ½, ¼ for "eat it". "token" sums log π, restricted to
+        the menu and with eos. The softmax over a menu is π(a|o). With gradient; `_tokens` reads a prompt only once."""
         (prompt_ids, tries), raw = self._tokenize(prompts, menus, policy), policy in RESTRICTED
         rows = [(p, entry[:-1] if raw else entry, trie) for p, trie in zip(prompt_ids, tries) for entry in trie[0]]
         prompt_ids, written, owners = zip(*rows)
@@ -497,7 +497,7 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
 
 def assign(config, mask, values, rewards, done, last_values):
     """Exercise 14 (3 points). Advantages, returns (B · T, L): a player's T actions are one stream (B, T · L) for `gae`.
-    An action ends at its last written slot: reward and `done` (B, T) belong there. config: γ, γ_w, λ, λ_w."""
+    Row b · T + t ends at its last written slot: reward and `done` (B, T) belong there. config: γ, γ_w, λ, λ_w."""
     end = mask & (mask.cumsum(1) == mask.sum(1, True))                                     # the last written slot
     discounts = bad_discounts(end, done.view(-1, 1).expand(mask.shape), config.gamma, config.gamma_token)
     lambdas = torch.where(end, config.lam, config.lam_token)

@@ -14,21 +14,23 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
+import types
 from pathlib import Path
 from unittest import mock
 
 import poad
 import test_poad
-from test_poad import EXERCISES, exercise_of
+from test_poad import EXERCISES, exercise_of, function_of
 
 ROOT = Path(poad.__file__).parent
 HELPERS = {"gae": ("_recurrence",)}       # given functions that are most of a solution: part of the exercise
 ORACLES = ("pool", "exact", "along", "gae_loop", "test_assign_by_hand",      # solutions in other words: what uses them
            "_agent_read", "_agent_oracle", "_agent_raw", "_agent_log_policy")  # stays with the instructor
 ORDER = sorted(EXERCISES, key=EXERCISES.get)
-MEMORY = 16 << 30                         # address space of a submission, bytes; torch alone reserves some of it
+MEMORY = 4 << 30                          # bytes that a solution may take besides what python and torch have
 
 
 # ------------------------------------------------------------------ blank
@@ -67,7 +69,8 @@ def blank_poad(source, chosen):
 def blank_tests(source):
     """The tests that students get: those of exercises, without oracles, and what they need; unused imports go too."""
     lines, nodes = source.splitlines(keepends=True), ast.parse(source).body
-    uses = {name: {x.id for x in ast.walk(node) if isinstance(x, ast.Name)} for node in nodes for name in names_of(node)}
+    uses = {name: {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+            for node in nodes for name in names_of(node)}
 
     def reach(names):
         seen = set()
@@ -81,18 +84,21 @@ def blank_tests(source):
     needed = reach({name for name in tests if not reach({name}) & set(ORACLES)}
                    | {x.id for node in given for x in ast.walk(node) if isinstance(x, ast.Name)})
     needed -= {name for name in uses if name.startswith("test_") and name not in tests}
-    kept, end = [], 0
+    kept, end, gap = [], 0, ""
     for node in nodes:
         text, end = "".join(lines[end:node.end_lineno]), node.end_lineno         # with the comments before it
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             node.names = [alias for alias in node.names if (alias.asname or alias.name).split(".")[0] in needed]
-            start = text[:len(text) - len(text.lstrip())]
-            text = start + "\n".join(textwrap.wrap(ast.unparse(node), 120)) + "\n" if node.names else ""
-            if isinstance(node, ast.ImportFrom) and len(text.strip()) > 120:
-                names = textwrap.fill(", ".join(x.name for x in node.names), 118 - 19)
-                text = start + f"from {node.module} import (" + names.replace("\n", "\n" + " " * 18) + ")\n"
+            gap = gap or text[:len(text) - len(text.lstrip())]                   # between groups of imports
+            if not node.names:
+                continue
+            text, gap = gap + ast.unparse(node) + "\n", ""
+            if len(text.strip()) > 120:
+                head, names = text.split(" import ")
+                text = head + " import (" + textwrap.fill(names, 99).replace("\n", "\n" + " " * 18) + ")\n"
         if node in given or needed & set(names_of(node)):
             kept.append(text)
+    kept[0] = re.sub("For instructors:.*\n", "", kept[0])
     return re.sub(r"\n{4,}", "\n\n\n", "".join(kept))
 
 
@@ -108,15 +114,11 @@ def blank_notebook(text):
 def student_readme(chosen):
     rows = []
     for name in chosen:
-        about = docstring(name).split("\n")[0].split(". ", 1)[1].rstrip(".:").replace("|", "\\|")
+        about = function_of(name).__doc__.split("\n")[0].split(". ", 1)[1].rstrip(".:").replace("|", "\\|")
         rows.append(f"| {EXERCISES[name][0]} | `{name}` | {EXERCISES[name][1]} | {about} |")
     total = sum(EXERCISES[name][1] for name in chosen)
     text = (Path(__file__).parent / "student.md").read_text(encoding="utf-8")
     return text.replace("{exercises}", "\n".join(rows)).replace("{total}", str(total))
-
-
-def docstring(name):
-    return (getattr(poad, name, None) or getattr(poad.LanguageAgent, name)).__doc__
 
 
 def blank(folder, chosen=ORDER):
@@ -150,7 +152,8 @@ def statements(source, offset=0):
             found += ast.parse("\n" * (offset + begin) + block).body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             name = re.search(r"^(?:def|class) +(\w+)|", block, re.M)[1] or ""
-            broken[name] = f"{type(error).__name__} in line {getattr(error, 'lineno', '?')}: {getattr(error, 'msg', error)}"
+            line, why = getattr(error, "lineno", "?"), getattr(error, "msg", error)
+            broken[name] = f"{type(error).__name__} in line {line}: {why}"
             methods = re.search(r"^    (?:@|def )", block, re.M)
             if name == "LanguageAgent" and methods:
                 at = block[:methods.start()].count("\n")
@@ -160,40 +163,49 @@ def statements(source, offset=0):
     return found, broken
 
 
-@contextlib.contextmanager
-def grafted(source, name, filename="poad.py"):
-    """Inside it the exercise `name` is the version of a student's file, all others are the reference. What else the
-    file defines is seen by this function only: given code may be changed for oneself, not for the tests."""
-    nodes, broken = statements(source)
-    space, agent, trouble = dict(vars(poad)), {}, dict(broken)
-    for gone in (name, *HELPERS.get(name, ())):
-        space.pop(gone, None)
+def load(source, name, filename, space):
+    """Run a student's statements in `space`, a copy of the reference without the exercise `name`; other exercises are
+    left out. Returns: the student's version; methods that were added to LanguageAgent; what went wrong, {name: why}."""
+    nodes, trouble = statements(source)
+    method, methods = hasattr(poad.LanguageAgent, name), {}
     for node in nodes:
-        given = isinstance(node, ast.ClassDef) and hasattr(poad, node.name)
-        parts = node.body if given and node.name == "LanguageAgent" else [] if given else [node]
-        for part in parts:
+        given = isinstance(node, ast.ClassDef) and hasattr(poad, node.name)      # of given classes only methods count
+        for part in [node] if not given else node.body if node.name == "LanguageAgent" else []:
             names = names_of(part)
-            wanted = part is node or names == [name] or (
-                isinstance(part, ast.FunctionDef) and not hasattr(poad.LanguageAgent, part.name))
-            if not names or not wanted or set(names) & (EXERCISES.keys() - {name}):
+            if not names or set(names) & (EXERCISES.keys() - {name}) or (
+                    given and names != [name] and hasattr(poad.LanguageAgent, names[0])):
                 continue
             try:
                 exec(compile(ast.fix_missing_locations(ast.Module([part], [])), filename, "exec"), space)
             except Exception as error:
-                trouble.update(dict.fromkeys(names, f"{type(error).__name__}: {error}"))
-            if part is not node and part.name in space:
-                agent[part.name] = space.pop(part.name)
-    mine = agent.pop(name, None) if hasattr(poad.LanguageAgent, name) else space.get(name)
+                trouble |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
+            if given and names[0] in space:
+                methods[names[0]] = space.pop(names[0])
+    mine = (methods if method else space).pop(name, None)
     if mine is None:
-        why = trouble.get(name) or trouble.get("LanguageAgent" if hasattr(poad.LanguageAgent, name) else "")
+        why = trouble.get(name) or (trouble.get("LanguageAgent") if method else None)
         raise SyntaxError(why or f"the file defines no function {name}")
+    return mine, methods, trouble
+
+
+@contextlib.contextmanager
+def grafted(source, name, filename="poad.py"):
+    """Inside it the exercise `name` is the version of a student's file, all others are the reference. What else the
+    file defines is seen by this function only: given code may be changed for oneself, not for the tests. Who imports
+    poad gets that mixture too, and neither the reference of this exercise nor the tests."""
+    mixture, gone = types.ModuleType("poad"), (name, *HELPERS.get(name, ()))
+    space = vars(mixture)
+    space.update({key: x for key, x in vars(poad).items() if not key.startswith("__") and key not in gone})
     with contextlib.ExitStack() as stack:
+        for key, module in dict(poad=mixture, test_poad=None, kit=None).items():
+            stack.callback(sys.modules.__setitem__, key, sys.modules[key])
+            sys.modules[key] = module
+        mine, methods, trouble = load(source, name, filename, space)
+        space.setdefault(name, mine)
         owner = poad.LanguageAgent if hasattr(poad.LanguageAgent, name) else poad
-        stack.enter_context(mock.patch.object(owner, name, mine))
-        if hasattr(test_poad, name):
-            stack.enter_context(mock.patch.object(test_poad, name, mine))
-        for extra, f in agent.items():
-            stack.enter_context(mock.patch.object(poad.LanguageAgent, extra, f, create=True))
+        patches = [(owner, name, mine), *((poad.LanguageAgent, key, f) for key, f in methods.items())]
+        for owner, key, f in patches + [(test_poad, name, mine)] * hasattr(test_poad, name):
+            stack.enter_context(mock.patch.object(owner, key, f, create=True))
         yield "; ".join(f"{key}: {why}" for key, why in trouble.items() if key not in EXERCISES)
 
 
@@ -227,13 +239,14 @@ def failures(name, filename="poad.py", watch=lambda *line: None):
     return sorted(found, key=lambda row: (row[0].endswith("refuses_bad_input"), not row[2]))
 
 
-def examine(path, name, pipe):
-    """In a process of its own: graft, test, and send what was found, as text."""
+def examine(path, name, report):
+    """In a process of its own: graft, test, and write what was found, line by line, into the file `report`."""
     if hasattr(os, "setsid"):
         os.setsid()
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     faulthandler.disable()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):                                             # a solution may print what it likes
@@ -241,43 +254,43 @@ def examine(path, name, pipe):
     sys.path.append(str(path.parent))
 
     def send(**message):
-        pipe.send_bytes(json.dumps(message).encode())
+        with open(report, "a", encoding="utf-8") as file:
+            file.write(json.dumps(message) + "\n")
     try:
         with grafted(path.read_text(encoding="utf-8"), name, str(path)) as notes:
-            begun = time.monotonic()
+            send(after="reading the file")
             found = failures(name, str(path), lambda test, found: send(after=test))
             if found and notes and "NameError" in found[0][1]:
                 found = [(test, f"{message}; {notes}", named) for test, message, named in found]
-            send(found=found, seconds=time.monotonic() - begun)
+            send(found=found)
+    except SyntaxError as error:
+        send(found=[("", str(error), False)])
     except BaseException as error:                                       # also SystemExit at import
-        send(found=[("", f"{type(error).__name__}: {error}" if not isinstance(error, SyntaxError) else str(error), False)])
+        send(found=[("", f"{type(error).__name__}: {error}", False)])
 
 
 def grade_one(path, name, limit):
     """Points, message and so on of one exercise; whatever a solution does, this returns soon after `limit` seconds."""
     context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=examine, args=(path, name, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    deadline, after, found = time.monotonic() + limit, "the beginning", None
-    try:
-        while found is None and ours.poll(max(deadline - time.monotonic(), 0)):
-            message = json.loads(ours.recv_bytes())
-            after, found = message.get("after", after), message.get("found")
-        if found is None:
-            found = [["", f"no answer after {limit:g} seconds (an endless loop?), after {after}", False]]
-    except EOFError:
-        process.join(1)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        report.touch()
+        process = context.Process(target=examine, args=(path, name, report), daemon=True)
+        process.start()
+        process.join(limit)
         code = process.exitcode
-        how = f"by signal {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
-        found = [["", f"the process was ended {how}, after {after}", False]]
-    except (ValueError, AttributeError):
-        found = [["", "the process sent nonsense", False]]
-    with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
+        with contextlib.suppress(ProcessLookupError, PermissionError, AttributeError):
+            os.killpg(process.pid, signal.SIGKILL)                       # and whatever it has started
+        process.kill()
+        process.join()
+        messages = []
+        for line in report.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):                        # a line may be cut off where it was killed
+                messages.append(json.loads(line))
+    after = next((m["after"] for m in reversed(messages) if "after" in m), "the beginning")
+    how = (f"no answer after {limit:g} seconds (an endless loop?)" if code is None else "the process was ended "
+           + (f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"))
+    found = next((m["found"] for m in messages if "found" in m), [["", f"{how}, after {after}", False]])
     number, of = EXERCISES[name]
     wrong = [row for row in found if not row[0].endswith("refuses_bad_input")]
     points = 0 if wrong else of - bool(found) * (of > 1)
@@ -285,12 +298,16 @@ def grade_one(path, name, limit):
                 message=found[0][1] if found else "", test=found[0][0] if found else "")
 
 
-def grade(path, chosen=ORDER, limit=30.0):
+def grade(path, chosen=ORDER, limit=20.0):
     """A dict: every exercise's result, the sum of points, the seconds it took."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file: expected the path of a student's poad.py")
     begin = time.monotonic()
-    rows = [grade_one(path.resolve(), name, limit) for name in chosen]
+    rows = []
+    for name in chosen:
+        rows.append(grade_one(path.resolve(), name, limit))
+        if "after the beginning" in rows[-1]["message"]:                 # the file itself hangs, before any test
+            limit = min(limit, 3.0)
     return dict(file=str(path), exercises=rows, points=sum(row["points"] for row in rows),
                 of=sum(row["of"] for row in rows), seconds=round(time.monotonic() - begin, 1))
 
@@ -301,7 +318,8 @@ def show(result):
     for row in result["exercises"]:
         verdict = "passed" if row["passed"] else "FAILED"
         text = (f"{verdict}, but: " if row["passed"] and row["message"] else f"{verdict}  ") + row["message"]
-        print(f"{row['exercise']:>2}  {row['function']:26}{row['points']:>2} / {row['of']}  {textwrap.shorten(text, 180)}")
+        points = f"{row['points']:>2} / {row['of']}"
+        print(f"{row['exercise']:>2}  {row['function']:26}{points}  {textwrap.shorten(text, 180)}")
     print(f"{'sum':30}{result['points']:>2} / {result['of']}  in {result['seconds']} s")
 
 
@@ -321,7 +339,7 @@ def choose(text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="test_poad.py", description="Make an assignment of poad.py, and mark solutions.")
+    parser = argparse.ArgumentParser(prog="test_poad.py", description="Make an assignment of poad.py, mark solutions.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what, text in (("blank", "FOLDER", "write an assignment into a new folder"),
                              ("grade", "FILE", "mark a student's poad.py")):
@@ -330,7 +348,7 @@ def main(argv=None):
         command.add_argument("--exercises", default="", help="such as 1-4,6; default: all")
         if name == "grade":
             command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-            command.add_argument("--limit", type=float, default=30, help="seconds for each exercise; default 30")
+            command.add_argument("--limit", type=float, default=20, help="seconds for each exercise; default 20")
         command.error = lambda message: parser.exit(2, f"test_poad.py: {message}\n")
     parser.error = lambda message: parser.exit(2, f"test_poad.py: {message}\n")
     args = parser.parse_args(argv)

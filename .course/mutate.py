@@ -2,8 +2,8 @@
 
 Every mutant changes one thing in an exercise function of poad.py: an operator, a comparison, a number, a slice, an
 argument that is dropped or swapped with its neighbour, a branch, a check that is left out, min for max. It is put in
-place, in this process, and the tests of its exercise are run until one fails (10 seconds at most); what survives meets the
-other tests that call the function. A survivor must be listed in EQUIVALENT, with the reason why it is no error."""
+place, in this process, and the tests of its exercise are run until one fails (10 seconds at most); what survives meets
+the other tests that call the function. A survivor must be listed in EQUIVALENT, with the reason why it is no error."""
 import ast
 import copy
 import inspect
@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import kit  # noqa: E402
-from kit import EXERCISES, HELPERS, ORDER, poad, test_poad  # noqa: E402
+from kit import HELPERS, ORDER, poad, test_poad  # noqa: E402
 
 SECONDS = 10
 FURTHER = {name: ("test_tables_may_be_lists_and_arrays", "test_docstring_example_of") for name in ORDER} | {
@@ -30,7 +30,8 @@ SWAPS = {ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div, ast.Add),
          ast.Gt: (ast.GtE, ast.Lt), ast.GtE: (ast.Gt, ast.Lt), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
          ast.In: (ast.NotIn,), ast.NotIn: (ast.In,), ast.And: (ast.Or,), ast.Or: (ast.And,)}
 NAMES = {"amax": "amin", "maximum": "minimum", "minimum": "maximum", "logsumexp": "amax", "sum": "mean", "mean": "sum",
-         "cumsum": "cumprod", "ones_like": "zeros_like", "zeros_like": "ones_like", "exp": "log1p", "isneginf": "isposinf",
+         "cumsum": "cumprod", "ones_like": "zeros_like", "zeros_like": "ones_like", "exp": "log1p",
+         "isneginf": "isposinf",
          "log_softmax": "softmax", "abs": "neg", "prod": "sum"}
 
 FILL = "0 in q.masked_fill((policy == 0) & q.isneginf(), 0)"
@@ -38,8 +39,8 @@ CLAMPED = "(old_values + (values - old_values).clamp(-clip, clip) - returns) ** 
 CLIPPED = "ratio.clamp(1 - clip, 1 + clip) * advantages"
 # (function, before, after): why nobody can tell the difference
 EQUIVALENT = {
-    ("state_values", "torch.as_tensor(policy, dtype=q.dtype, device=q.device)", "torch.as_tensor(policy, dtype=q.dtype)"):
-        "the tests run on the CPU, where it is the same",
+    ("state_values", "torch.as_tensor(policy, dtype=q.dtype, device=q.device)",
+     "torch.as_tensor(policy, dtype=q.dtype)"): "the tests run on the CPU, where it is the same",
     ("state_values", FILL, "1"): "what is filled in is multiplied by the policy's 0",
     ("state_values", FILL, "-1"): "what is filled in is multiplied by the policy's 0",
     ("token_backup", "mdp.child >= 0", "mdp.child > 0"): "prefix 0 is the empty one, which is nobody's child",
@@ -50,8 +51,8 @@ EQUIVALENT = {
     ("gae", "(~mask).to(values)", "(~mask).to()"): "torch converts it in the product anyway",
     ("gae", "0 in (:, 0)", "-1"): "only the number of rows is read",
     ("_recurrence", "k < b.shape[1]", "k <= b.shape[1]"): "one more step, over no entries",
-    ("ppo_policy_loss", f"torch.minimum(ratio * advantages, {CLIPPED})", f"torch.minimum({CLIPPED}, ratio * advantages)"):
-        "the order of a minimum does not matter",
+    ("ppo_policy_loss", f"torch.minimum(ratio * advantages, {CLIPPED})",
+     f"torch.minimum({CLIPPED}, ratio * advantages)"): "the order of a minimum does not matter",
     ("ppo_policy_loss", "((ratio - 1).abs() > clip).to(ratio)", "((ratio - 1).abs() > clip).to()"):
         "masked_mean takes booleans too",
     ("value_loss", f"torch.maximum(error, {CLAMPED})", f"torch.maximum({CLAMPED}, error)"):
@@ -180,7 +181,7 @@ def main(chosen):
     begin, survivors, used, counts = time.time(), [], set(), Counter()
     print("exercise            mutants  caught  by other tests  equivalent")
     for name in chosen:
-        sources = {name: inspect.getsource(getattr(poad, name, None) or getattr(poad.LanguageAgent, name))}
+        sources = {name: inspect.getsource(test_poad.function_of(name))}
         sources |= {helper: inspect.getsource(getattr(poad, helper)) for helper in HELPERS.get(name, ())}
         row = Counter()
         for changing in sources:
