@@ -420,7 +420,8 @@ METHODS = {  # policy: who samples, and what gets one credit; γ_w, λ_w (a name
     "action":  dict(policy="action",  gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:orange"),
     "ntpo":    dict(policy="token",   gamma_token="gamma", lam_token="lam", lr=3e-4, color="tab:red"),
     "poad":    dict(policy="token",   gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:blue")}
-PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=20, lr=1e-3)}  # where an environment needs it
+PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=20, lr=1e-3),  # where an environment needs it
+           "scikit": dict(updates=12, n_envs=32, n_steps=8, lr=1e-3, entropy_coef=0.001, kl_stop=None)}
 REAL = dict(epochs=4, minibatches=1, micro_batch=64)      # a real model: few passes, each reads what repeats once
 
 @dataclass(frozen=True)
@@ -545,7 +546,8 @@ def save(folder, agent, **state):
     save_model(agent, str(new))
     torch.save(state, folder / "state.part")
     (folder / "state.part").replace(folder / "state.pt")                             # from here on the new one counts
-    [path.unlink() for path in old - {new}]
+    for path in old - {new}:
+        path.unlink()
 
 def load(folder, agent):
     """Read a folder's checkpoint: weights into the agent, the rest is returned. ValueError if there is none for it."""
@@ -562,6 +564,7 @@ def train(agent, env_fn, config, folder=None, resume=False):
     Yields one dict per update: update, env_steps, episodes; return_mean (undiscounted) and success_rate over the last
     100 episodes, None before one has ended; seconds; and what `ppo_update` returns."""
     folder, begin, generator = folder and Path(folder), time.perf_counter(), torch.Generator().manual_seed(config.seed)
+    _check(folder or not resume, "to resume, give the folder that holds the checkpoint")
     _check(resume or not folder or not (folder / "state.pt").exists(), f"{folder} holds a checkpoint: resume it")
     players, episodes, history = [Player(env_fn(), 1000 * config.seed + b) for b in range(config.n_envs)], [], []
     parts = [*agent.lm.parameters()], [*agent.head.parameters(), *(agent.critic_lm or nn.Module()).parameters()]
@@ -572,7 +575,8 @@ def train(agent, env_fn, config, folder=None, resume=False):
         episodes, history, begin = state["episodes"], state["metrics"], begin - state["metrics"][-1]["seconds"]
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
-        [player.restore(snapshot) for player, snapshot in zip(players, state["players"])]
+        for player, snapshot in zip(players, state["players"]):
+            player.restore(snapshot)
         yield from history
     for update in range(len(history), config.updates):
         for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):

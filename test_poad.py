@@ -1570,6 +1570,8 @@ def test_checkpoints_are_not_mixed_up(tmp_path):
     for change, resume, words in (({}, False, "resume"), ({"lr": 0.5}, True, "configuration")):
         with pytest.raises(ValueError, match=words):
             list(train(agent, env_fn, dataclasses.replace(config, **change), tmp_path, resume))
+    with pytest.raises(ValueError, match="folder"):
+        next(train(agent, env_fn, config, resume=True))
     with pytest.raises(ValueError, match="Lunch"):  # the saved game is another one
         list(train(agent, partial(envs.make, "pancake"), config, tmp_path, resume=True))
     with pytest.raises(ValueError, match="snapshot"):
