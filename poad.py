@@ -654,7 +654,8 @@ def main(argv=None):
             ("model", "tiny", "tiny, a hub id, a folder or a .gguf file"), ("device", "cpu", "cpu or cuda"),
             ("train-layers", 0, "how many of its last layers learn; default: all"), ("seed", 0, "the first"),
             ("seeds", 1, "how many"), ("out", "", "JSON file; default runs/ENV.json"),
-            ("save", "", "folder for checkpoints"), ("resume", "", "folder to go on from"), ("eval", 0, "play N episodes, sampled and greedy; no training")):
+            ("save", "", "folder for checkpoints"), ("resume", "", "folder to go on from"),
+            ("eval", 0, "play N episodes, sampled and greedy; no training")):
         parser.add_argument("--" + flag, type=type(default), default=default, help=text)
     for knob in vars(Config()).keys() - {"method", "seed"}:
         parser.add_argument("--" + knob, type=json.loads, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

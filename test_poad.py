@@ -1469,11 +1469,12 @@ def test_a_rollout_reads_nothing_twice():
     agent.lm.register_forward_pre_hook(lambda lm, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
     env = partial(_AgentEnv, limit=1)  # the same observation for ever
     players = [Player(env()) for _ in range(3)]
+    calls = []
     for steps in (1, 6):
         read.clear()
         poad.collect(agent, players, Config(n_steps=steps, n_envs=3), _agent_rng(), [])
-        calls = len(read) if steps == 1 else calls
-    assert len(read) == calls, f"one step takes {calls} readings of the LM, six of the same {len(read)}"
+        calls.append(len(read))
+    assert calls[0] == calls[1], f"one step takes {calls[0]} readings of the LM, six of the same {calls[1]}"
     list(poad.train(agent, env, Config(updates=2, n_envs=3, n_steps=2, lr=0.01)))  # asserts that nothing is outdated
     assert agent.memory is None, "what is remembered must not outlive the rollout: the weights change"
 
