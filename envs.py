@@ -61,8 +61,7 @@ class TokenMDP:
         self.child = torch.tensor([[inner.get(p, -1) for p in row] for row in longer])  # (N, V)
         self.leaf = torch.tensor([[whole.get(p, -1) for p in row] for row in longer])  # (N, V)
 
-def _table(name, values):
-    """A float64 copy of nested lists, an array or a tensor."""
+def _table(name, values):  # a float64 copy of nested lists, an array or a tensor
     try:
         return torch.as_tensor(values, dtype=torch.float64, device="cpu").detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -166,7 +165,8 @@ class TextEnv:
     def snapshot(self):
         """All that changes in play, the clock and the generator included, as plain tuples, strings and numbers."""
         state = tuple(self.state) if isinstance(self.state, tuple) else self.state
-        return dict(name=type(self).__name__, state=state, clock=self.clock, done=self.done, rng=self.rng.getstate())
+        return dict(name=type(self).__name__, state=state, clock=self.clock, done=self.done, rng=self.rng.getstate(),
+                    shown=[self.observe(), *self.menu()])
 
     def restore(self, snapshot):
         """Continue where `snapshot` was taken; ValueError if that was in another environment."""
@@ -174,6 +174,8 @@ class TextEnv:
         self.rng.setstate(snapshot["rng"])
         self.clock, self.done, state = snapshot["clock"], snapshot["done"], snapshot["state"]
         self.state = type(self.state)(*state) if isinstance(state, tuple) else state
+        if snapshot["shown"] != [self.observe(), *self.menu()]:
+            raise ValueError(f"the saved game of {snapshot['name']} was played with other options: its texts differ")
 
 class Player:
     """An environment being played: what it shows now (obs, info), the return so far (total), and whether it is over.
@@ -188,7 +190,7 @@ class Player:
     def step(self, action):
         """Do `action`; returns (reward, terminated, truncated)."""
         self.obs, reward, terminated, truncated, self.info = self.env.step(action)
-        self.total, self.over = self.total + reward, bool(terminated or truncated)
+        self.total, self.over = self.total + float(reward), bool(terminated or truncated)
         return reward, bool(terminated), bool(truncated)
 
     def snapshot(self):
@@ -486,14 +488,12 @@ class Salad(TextEnv):
         self.clock += moves - 1  # step() has counted one
         return -0.1 * (1 - 0.99**moves) + 0.99 ** (moves - 1) * event, True if event == 1.0 else None
 
-def _path(start, goal):
-    """The cells from start to goal, both included, rows first."""
+def _path(start, goal):  # the cells from start to goal, both included, rows first
     down, right = (1 if there >= here else -1 for here, there in zip(start, goal))
     rows, columns = range(start[0], goal[0], down), range(start[1], goal[1] + right, right)
     return [(row, start[1]) for row in rows] + [(goal[0], column) for column in columns]
 
-def _sees(cell, spot):
-    """Whether a thing or place on the wall is in view: at most two rows and two columns away."""
+def _sees(cell, spot):  # whether a thing or place on the wall is in view: at most two rows and two columns away
     return max(abs(a - b) for a, b in zip(cell, KITCHEN[spot][1])) <= 2
 
 class Salad2(Salad):

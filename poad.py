@@ -304,9 +304,9 @@ class LanguageAgent(nn.Module):
     def _tokens(self, prompt_ids, written, tries=None, critic=False):
         """log π, entropy and, if asked for, V of every token of R sequences: (R, L), 0 where masked.
         Only distinct rows that the memory does not hold are read, so many at once that their logits fill 2²⁶ bytes."""
-        rows, known = list(zip(prompt_ids, written, map(id, tries) if tries else written)), self.memory
-        (first, which), length, critic = _distinct(rows), max(map(len, written)), critic or known is not None
-        known = {} if known is None else known
+        rows = list(zip(prompt_ids, written, map(id, tries) if tries else written))         # a trie stands for its menu
+        (first, which), length, critic = _distinct(rows), max(map(len, written)), critic or self.memory is not None
+        known = {} if self.memory is None else self.memory                  # of V, too: a later call may ask for it
         new, few = [r for r in first if rows[r] not in known], max(1, 2**24 // self.lm.config.vocab_size // length)
         for part in [new[k:k + few] for k in range(0, len(new), few)]:
             prompts, texts = [prompt_ids[r] for r in part], [written[r] for r in part]
@@ -422,7 +422,8 @@ METHODS = {  # policy: who samples, and what gets one credit; γ_w, λ_w (a name
     "poad":    dict(policy="token",   gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:blue")}
 PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=20, lr=1e-3),  # where an environment needs it
            "scikit": dict(updates=12, n_envs=32, n_steps=8, lr=1e-3, entropy_coef=0.001, kl_stop=None)}
-REAL = dict(epochs=4, minibatches=1, micro_batch=64)      # a real model: few passes, each reads what repeats once
+REAL = dict(epochs=4, minibatches=1, micro_batch=64)      # a real model: few passes, which read what repeats once,
+                                                          # lr / 30, for its last layers lr / 6 (see main)
 
 @dataclass(frozen=True)
 class Config:
@@ -454,10 +455,11 @@ class Config:
             x = METHODS[self.method][name]
             object.__setattr__(self, name, getattr(self, x) if isinstance(x, str) else x)
         _check_unit(**{name: getattr(self, name) for name in ("gamma", "lam", "gamma_token", "lam_token")})
-        _check(min(self.updates, self.n_envs, self.n_steps, self.epochs, self.minibatches) >= 1, "a count is below 1")
-        _check(min(self.lr, self.critic_lr, self.entropy_coef, self.clip, self.kl_stop or 0) >= 0, "a knob is negative")
+        counts = self.updates, self.n_envs, self.n_steps, self.epochs, self.minibatches, self.micro_batch or 1
+        _check(all(isinstance(x, int) and x >= 1 for x in counts), "a count is not a whole number from 1 on")
+        sizes = self.lr, self.critic_lr, self.entropy_coef, self.clip, self.max_grad_norm, self.kl_stop or 0
+        _check(min(sizes) >= 0, "a knob is negative")
 
-@torch.no_grad()
 def _step(agent, players, policy, greedy=False, generator=None):      # of all players → actions, menus, outcome (3, B)
     menus = [player.info["menu"] for player in players] if "menu" in players[0].info else None
     actions = agent.act([player.obs for player in players], menus, policy, greedy, generator)
@@ -486,13 +488,15 @@ def collect(agent, players, config, generator, episodes):
 
 def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
     """Play whole episodes. Returns: (return, success) of each; the first as text, one line an action."""
+    _check(episodes >= 1, f"{episodes} episodes to play, expected at least 1")
     players, story = [Player(env_fn(), 1000 * seed + b) for b in range(episodes)], []
     agent, generator = copy.copy(agent), torch.Generator().manual_seed(seed)
     agent.memory = {}
     while playing := [player for player in players if not player.over]:
         shown = playing[0].obs
         actions, _, (rewards, *_) = _step(agent, playing, policy, greedy, generator)
-        story += [f"{shown}\n  → {actions.text[0]}  ({rewards[0]:g})"] * (playing[0] is players[0])
+        if playing[0] is players[0]:
+            story.append(f"{shown}\n  → {actions.text[0]}  ({rewards[0]:g})")
     return [(player.total, bool(player.info["success"])) for player in players], "\n".join(story)
 
 def assign(config, mask, values, rewards, done, last_values):
@@ -514,15 +518,15 @@ def ppo_update(agent, optimizer, rollout, config, generator):
     mask = actions.mask[:, :old_logp.shape[1]]                                     # of tokens, or one slot an action
     advantages, returns = assign(config, mask, old_values, *outcome)
     advantages = normalize(advantages, choice if choice.any() else mask)
-    for i in [k for _ in range(config.epochs)
-              for k in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[k].any()]:
+    for i in [part for _ in range(config.epochs)
+              for part in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[part].any()]:
         optimizer.zero_grad()
         sums, i = 0, torch.tensor(sorted(i.tolist(), key=actions.prompt_ids.__getitem__))  # a prompt's actions together
         for k in i.split(config.micro_batch or len(i)):                                    # their gradients add up
             logp, entropy, values = agent.evaluate(actions.rows(k), menus and [menus[row] for row in k], policy)
             assert stats or torch.allclose(logp, old_logp[k], atol=1 if agent.bf16 else 1e-3), "trained ≠ sampled"
-            per_action, share = choice[k].sum() / len(i), mask[k].sum() / mask[i].sum()  # choices; of the critic's loss
-            chosen = choice[k] if per_action else mask[k]
+            per_action, share = choice[k].sum() / len(i), mask[k].sum() / mask[i].sum()      # make means over k parts of i's
+            chosen = choice[k] if per_action else mask[k]                        # no choice at all: only the critic learns
             policy_loss, info = ppo_policy_loss(logp, old_logp[k], advantages[k], chosen, config.clip)
             critic_loss = share * value_loss(values, old_values[k], returns[k], mask[k], config.value_clip)
             entropy = per_action * masked_mean(entropy, chosen)
@@ -567,12 +571,14 @@ def train(agent, env_fn, config, folder=None, resume=False):
     _check(folder or not resume, "to resume, give the folder that holds the checkpoint")
     _check(resume or not folder or not (folder / "state.pt").exists(), f"{folder} holds a checkpoint: resume it")
     players, episodes, history = [Player(env_fn(), 1000 * config.seed + b) for b in range(config.n_envs)], [], []
-    parts = [*agent.lm.parameters()], [*agent.head.parameters(), *(agent.critic_lm or nn.Module()).parameters()]
+    parts = [[x for name, x in agent.named_parameters() if name.startswith("lm.") is lm] for lm in (True, False)]
     optimizer = torch.optim.Adam([dict(params=[x for x in part if x.requires_grad]) for part in parts])
     if resume:
         state = load(folder, agent)
-        _check(state["config"] | {"updates": 0} == asdict(config) | {"updates": 0}, f"{folder}: another configuration")
+        free = {} if config.lr_decay else {"updates": 0}                   # with lr_decay their number sets the steps
+        _check(state["config"] | free == asdict(config) | free, f"{folder}: another configuration")
         episodes, history, begin = state["episodes"], state["metrics"], begin - state["metrics"][-1]["seconds"]
+        _check(len(history) <= config.updates, f"{folder} holds {len(history)} updates already")
         optimizer.load_state_dict(state["optimizer"])
         generator.set_state(state["generator"])
         for player, snapshot in zip(players, state["players"]):
@@ -654,7 +660,7 @@ def main(argv=None):
             ("model", "tiny", "tiny, a hub id, a folder or a .gguf file"), ("device", "cpu", "cpu or cuda"),
             ("train-layers", 0, "how many of its last layers learn; default: all"), ("seed", 0, "the first"),
             ("seeds", 1, "how many"), ("out", "", "JSON file; default runs/ENV.json"),
-            ("save", "", "folder for checkpoints"), ("resume", "", "folder to go on from"),
+            ("save", "", "folder for checkpoints"), ("resume", "", "folder to go on from, and save to"),
             ("eval", 0, "play N episodes, sampled and greedy; no training")):
         parser.add_argument("--" + flag, type=type(default), default=default, help=text)
     for knob in vars(Config()).keys() - {"method", "seed"}:
@@ -675,10 +681,11 @@ def main(argv=None):
             for method in methods:
                 slow = {} if tiny else {"lr": METHODS[method]["lr"] / (6 if args.train_layers else 30)} | REAL
                 config = Config(**PRESETS.get(args.env, {}) | slow | knobs | {"method": method, "seed": seed})
-                agent, place = copy.deepcopy(start), folder / f"{method}-{seed}" if args.resume or args.save else None
+                agent = start if method == methods[-1] else copy.deepcopy(start)
+                place = folder / f"{method}-{seed}" if args.resume or args.save else None
                 resume = bool(args.resume) and (place / "state.pt").exists()
                 if args.eval:
-                    resume and load(place, agent)
+                    args.resume and load(place, agent)
                     demonstrate(agent, env_fn, args.eval, method, seed)
                     continue
                 runs.append({"config": asdict(config) | dict(env=args.env, model=args.model, **wording), "metrics": []})
@@ -688,7 +695,7 @@ def main(argv=None):
                     bar.set_postfix(success=metrics["success_rate"])
     except KeyboardInterrupt:
         print("interrupted: what was measured so far is kept")
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as error:
         parser.error(" ".join(str(error).split()))
     finally:
         if runs := [run for run in runs if run["metrics"]]:

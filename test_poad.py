@@ -1512,7 +1512,7 @@ def _plain(metrics):
 
 
 def _files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("name, options, critic", [("food", {}, "head"), ("orders", dict(slots=2), "copy"),
@@ -1573,6 +1573,17 @@ def test_checkpoints_are_not_mixed_up(tmp_path):
             list(train(agent, env_fn, dataclasses.replace(config, **change), tmp_path, resume))
     with pytest.raises(ValueError, match="folder"):
         next(train(agent, env_fn, config, resume=True))
+    decay = dataclasses.replace(config, lr_decay=True)
+    list(train(agent, env_fn, decay, tmp_path / "decay"))
+    with pytest.raises(ValueError, match="configuration"):  # another number of updates would be another decay
+        list(train(agent, env_fn, dataclasses.replace(decay, updates=2), tmp_path / "decay", resume=True))
+    (tmp_path / "decay" / "state.pt").unlink()
+    speaker, food = _tiny("food", wording="short")
+    list(train(speaker, food, dataclasses.replace(config, updates=2), tmp_path / "food"))
+    for updates, options, words in ((1, "short", "2 updates"), (2, "long", "other options")):
+        with pytest.raises(ValueError, match=words):
+            list(train(speaker, partial(envs.make, "food", wording=options),
+                       dataclasses.replace(config, updates=updates), tmp_path / "food", resume=True))
     with pytest.raises(ValueError, match="Lunch"):  # the saved game is another one
         list(train(agent, partial(envs.make, "pancake"), config, tmp_path, resume=True))
     with pytest.raises(ValueError, match="snapshot"):
@@ -1687,8 +1698,9 @@ def test_command_line_saves_resumes_and_evaluates(_agent_cli, tmp_path, capsys):
         printed = capsys.readouterr().out
         assert printed.count("3 sampled episodes") == printed.count("3 greedy episodes") == 2, printed
         assert "success" in printed and "mean return" in printed and "salad" in printed, "figures, and a transcript"
-    for args, words in ((("--save", "kept"), "resume"), (("--resume", "nowhere"), "nowhere"),
-                        (("--resume", "kept", "--lr", "0.5"), "configuration")):
+    for args, words in ((("--save", "kept"), "resume"), (("--resume", "nowhere"), "nowhere"), (("--eval", "-1"), "-1"),
+                        (("--resume", "kept", "--lr", "0.5"), "configuration"),
+                        (("--resume", "kept", "--eval", "2", "--seed", "1"), "no checkpoint")):
         with pytest.raises(SystemExit):
             _agent_cli(*both, *args, "--updates", "3")
         assert words in capsys.readouterr().err
