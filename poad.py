@@ -518,15 +518,16 @@ def ppo_update(agent, optimizer, rollout, config, generator):
     mask = actions.mask[:, :old_logp.shape[1]]                                     # of tokens, or one slot an action
     advantages, returns = assign(config, mask, old_values, *outcome)
     advantages = normalize(advantages, choice if choice.any() else mask)
-    for i in [part for _ in range(config.epochs)
-              for part in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[part].any()]:
+    for i in [j for _ in range(config.epochs)
+              for j in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[j].any()]:
         optimizer.zero_grad()
         sums, i = 0, torch.tensor(sorted(i.tolist(), key=actions.prompt_ids.__getitem__))  # a prompt's actions together
         for k in i.split(config.micro_batch or len(i)):                                    # their gradients add up
             logp, entropy, values = agent.evaluate(actions.rows(k), menus and [menus[row] for row in k], policy)
             assert stats or torch.allclose(logp, old_logp[k], atol=1 if agent.bf16 else 1e-3), "trained ≠ sampled"
-            per_action, share = choice[k].sum() / len(i), mask[k].sum() / mask[i].sum()      # make means over k parts of i's
-            chosen = choice[k] if per_action else mask[k]                        # no choice at all: only the critic learns
+            per_action = choice[k].sum() / len(i)                # times a mean over choices: their sum, per action of i
+            share = mask[k].sum() / mask[i].sum()                # of these tokens in the critic's mean over i
+            chosen = choice[k] if per_action else mask[k]        # no choice at all: only the critic learns
             policy_loss, info = ppo_policy_loss(logp, old_logp[k], advantages[k], chosen, config.clip)
             critic_loss = share * value_loss(values, old_values[k], returns[k], mask[k], config.value_clip)
             entropy = per_action * masked_mean(entropy, chosen)
