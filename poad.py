@@ -360,7 +360,11 @@ class LanguageAgent(nn.Module):
         free text up to max_new_tokens. "action": the same, kept as one log π(a|o). "glam", "twosome": see `score`."""
         prompt_ids, tries = self._tokenize(prompts, menus, policy)
         if policy not in RESTRICTED and (not menus or greedy or max(map(len, menus)) > 32):    # > 32: long to read
-            written, logp = self._write(prompt_ids, tries, greedy, generator)
+            keys = list(zip(prompt_ids, map(id, tries) if tries else prompt_ids))
+            first, which = _distinct(keys) if greedy else [range(len(keys))] * 2    # greedy: one text per prompt
+            written, logp = self._write([prompt_ids[b] for b in first], tries and [tries[b] for b in first],
+                                        greedy, generator)
+            written, logp = [written[u] for u in which], logp[list(which)]
         else:
             log_pi = pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)    # (B, A)
             pick = _sample(log_pi, greedy, generator)
@@ -457,8 +461,8 @@ class Config:
         _check_unit(**{name: getattr(self, name) for name in ("gamma", "lam", "gamma_token", "lam_token")})
         counts = self.updates, self.n_envs, self.n_steps, self.epochs, self.minibatches, self.micro_batch or 1
         _check(all(isinstance(x, int) and x >= 1 for x in counts), "a count is not a whole number from 1 on")
-        sizes = self.lr, self.critic_lr, self.entropy_coef, self.clip, self.max_grad_norm, self.kl_stop or 0
-        _check(min(sizes) >= 0, "a knob is negative")
+        for name in ("lr", "critic_lr", "entropy_coef", "clip", "max_grad_norm", "kl_stop"):
+            _check((getattr(self, name) or 0) >= 0, f"{name} is {getattr(self, name)}, expected a number ≥ 0")
 
 def _step(agent, players, policy, greedy=False, generator=None):      # of all players → actions, menus, outcome (3, B)
     menus = [player.info["menu"] for player in players] if "menu" in players[0].info else None
@@ -576,8 +580,9 @@ def train(agent, env_fn, config, folder=None, resume=False):
     optimizer = torch.optim.Adam([dict(params=[x for x in part if x.requires_grad]) for part in parts])
     if resume:
         state = load(folder, agent)
-        free = {} if config.lr_decay else {"updates": 0}                   # with lr_decay their number sets the steps
-        _check(state["config"] | free == asdict(config) | free, f"{folder}: another configuration")
+        free = {} if config.lr_decay else {"updates": config.updates}      # with lr_decay their number sets the steps
+        other = dict((state["config"] | free).items() - asdict(config).items())
+        _check(not other, f"{folder} holds a run of another configuration: {other}")
         episodes, history, begin = state["episodes"], state["metrics"], begin - state["metrics"][-1]["seconds"]
         _check(len(history) <= config.updates, f"{folder} holds {len(history)} updates already")
         optimizer.load_state_dict(state["optimizer"])
@@ -677,7 +682,8 @@ def main(argv=None):
                + f" ({' and '.join(RESTRICTED)} need a menu, which {args.env} has not)" * (len(able) < len(METHODS)))
         _check(not args.resume or any(folder.glob("*/state.pt")), f"{folder} holds no checkpoint to go on from")
         torch.set_num_threads(1 if tiny else torch.get_num_threads())                     # it is too small to share
-        for seed in range(args.seed, args.seed + max(args.seeds, 1)):
+        _check(args.seeds >= 1, f"--seeds {args.seeds}: expected at least 1")
+        for seed in range(args.seed, args.seed + args.seeds):
             start = load_agent(args.model, env_fn, seed, args.device, args.train_layers)
             for method in methods:
                 slow = {} if tiny else {"lr": METHODS[method]["lr"] / (6 if args.train_layers else 30)} | REAL

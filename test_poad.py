@@ -1479,6 +1479,19 @@ def test_a_rollout_reads_nothing_twice():
     assert agent.memory is None, "what is remembered must not outlive the rollout: the weights change"
 
 
+def test_greedy_players_in_one_place_write_once():
+    agent, read = _agent(), []
+    agent.lm.register_forward_pre_hook(lambda lm, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True)
+    prompts = ["you", "it", "you", "you", "it"]
+    menus = [AGENT_MENU, AGENT_MENU, AGENT_MENU, AGENT_PREFIX_MENU, AGENT_MENU]
+    together = agent.act(prompts, menus, greedy=True)
+    assert max(read) <= 3, f"three different situations, but {max(read)} rows were read"
+    for b, (prompt, menu) in enumerate(zip(prompts, menus)):
+        alone = agent.act([prompt], [menu], greedy=True)
+        assert together.text[b] == alone.text[0], f"player {b} says {together.text[b]!r}, but alone {alone.text[0]!r}"
+        _agent_near(together.logp[b].sum(), alone.logp.sum(), "greedy log-probability")
+
+
 def test_long_readings_are_cut_into_parts():
     agent = _agent()
     prompts, menus = ["you", "it", "you now"], [AGENT_MENU, AGENT_PREFIX_MENU, AGENT_MENU]
@@ -1568,7 +1581,7 @@ def test_checkpoints_are_not_mixed_up(tmp_path):
     config = Config(updates=1, n_envs=2, n_steps=2, epochs=1)
     list(train(agent, env_fn, config, tmp_path))
     before = _files(tmp_path)
-    for change, resume, words in (({}, False, "resume"), ({"lr": 0.5}, True, "configuration")):
+    for change, resume, words in (({}, False, "resume"), ({"lr": 0.5}, True, "configuration.*lr.*0.0003")):
         with pytest.raises(ValueError, match=words):
             list(train(agent, env_fn, dataclasses.replace(config, **change), tmp_path, resume))
     with pytest.raises(ValueError, match="folder"):
