@@ -35,6 +35,8 @@ from envs import ENVS, Player, make
 def _check(ok, message):
     if not ok:
         raise ValueError(message)
+def _one_line(error, length=None):
+    return " ".join(str(error).split())[:length]
 def _check_unit(**scalars):
     for name, x in scalars.items():
         _check(torch.as_tensor((x >= 0) & (x <= 1)).all(), f"{name} is {x}, but a discount or decay lies in [0, 1]")
@@ -270,6 +272,12 @@ class LanguageAgent(nn.Module):
         self.memory, self.bf16 = None, False        # what `_tokens` has read; whether the LM computes in bfloat16
         self.eval()
 
+    def remembering(self):
+        """A twin that shares all weights and reads nothing twice: for a rollout, while the weights stand still."""
+        twin = copy.copy(self)
+        twin.memory = {}
+        return twin
+
     def train(self, mode=True):
         return super().train(False)                   # no dropout: the policy that is trained is the one that sampled
 
@@ -337,6 +345,9 @@ class LanguageAgent(nn.Module):
         words = [len(text.split()) if policy == "twosome" else 1 for menu in menus for text in menu]
         return list((scores / scores.new_tensor(words)).split([len(menu) for menu in menus]))
 
+    def _menu_policy(self, prompt_ids, menus, policy):     # log π(a|o) of the entries, (B, A); −inf beyond a menu's end
+        return pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)
+
     def _write(self, prompt_ids, tries, greedy, generator):
         """Write token by token, free text or in tries, until eos or the limit: B tuples of ids; log π(a|o) (B, 1)."""
         writing = torch.ones(len(prompt_ids), 1, dtype=torch.bool, device=self.lm.device)
@@ -366,7 +377,7 @@ class LanguageAgent(nn.Module):
                                         greedy, generator)
             written, logp = [written[u] for u in which], logp[list(which)]
         else:
-            log_pi = pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)    # (B, A)
+            log_pi = self._menu_policy(prompt_ids, menus, policy)
             pick = _sample(log_pi, greedy, generator)
             written, logp = [trie[0][a] for trie, a in zip(tries, pick)], log_pi.gather(1, pick)
         text = [menu[trie[0].index(row)] for menu, trie, row in zip(menus, tries, written)] if menus else \
@@ -385,7 +396,7 @@ class LanguageAgent(nn.Module):
         written = [tuple(row[m.bool()].tolist()) for row, m in zip(actions.ids, actions.mask)]
         _check(all(row in trie[0] for row, trie in zip(written, tries or ())), "an action is no entry of its menu")
         if policy in RESTRICTED:
-            log_pi = pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)    # (B, A)
+            log_pi = self._menu_policy(prompt_ids, menus, policy)
             pick = torch.tensor([[trie[0].index(row)] for trie, row in zip(tries, written)], device=log_pi.device)
             return log_pi.gather(1, pick), _entropy(log_pi)[:, None], self.values(prompt_ids)[:, None]
         columns = self._tokens(prompt_ids, written, tries, critic=True)
@@ -474,8 +485,7 @@ def _step(agent, players, policy, greedy=False, generator=None):      # of all p
 def collect(agent, players, config, generator, episodes):
     """Play T actions with each of B players; (return, success) of every finished episode goes to `episodes`.
     Returns: actions and menus (or None) in rows b · T + t; rewards, done (B, T); last_values (B,)."""
-    steps, policy, agent = [], METHODS[config.method]["policy"], copy.copy(agent)
-    agent.memory = {}                                             # the weights stand still: nothing is read twice
+    steps, policy, agent = [], METHODS[config.method]["policy"], agent.remembering()
     for _ in range(config.n_steps):
         actions, menus, (rewards, terminated, truncated) = _step(agent, players, policy, generator=generator)
         if cut := [b for b, player in enumerate(players) if truncated[b] and not terminated[b]]:
@@ -494,8 +504,7 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
     """Play whole episodes. Returns: (return, success) of each; the first as text, one line an action."""
     _check(episodes >= 1, f"{episodes} episodes to play, expected at least 1")
     players, story = [Player(env_fn(), 1000 * seed + b) for b in range(episodes)], []
-    agent, generator = copy.copy(agent), torch.Generator().manual_seed(seed)
-    agent.memory = {}
+    agent, generator = agent.remembering(), torch.Generator().manual_seed(seed)
     while playing := [player for player in players if not player.over]:
         shown = playing[0].obs
         actions, _, (rewards, *_) = _step(agent, playing, policy, greedy, generator)
@@ -548,10 +557,13 @@ def ppo_update(agent, optimizer, rollout, config, generator):
     means = dict(zip(("kl", "clip_fraction", "entropy", "value_loss"), map(mean, zip(*stats)) if stats else [None] * 4))
     return means | dict(minibatches=len(stats), tokens=mask.sum().item(), explained_variance=1 - unexplained.item())
 
+def _weights(folder, state):                                    # the file that belongs to a state: one name per update
+    return folder / f"update-{len(state['metrics'])}.safetensors"
+
 def save(folder, agent, **state):
     """Write a checkpoint: weights as safetensors, the rest as plain data. A complete one replaces the one before."""
     folder.mkdir(parents=True, exist_ok=True)
-    new, old = folder / f"update-{len(state['metrics'])}.safetensors", set(folder.glob("update-*.safetensors"))
+    new, old = _weights(folder, state), set(folder.glob("update-*.safetensors"))
     save_model(agent, str(new))
     torch.save(state, folder / "state.part")
     (folder / "state.part").replace(folder / "state.pt")                             # from here on the new one counts
@@ -562,10 +574,10 @@ def load(folder, agent):
     """Read a folder's checkpoint: weights into the agent, the rest is returned. ValueError if there is none for it."""
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        load_model(agent, str(folder / f"update-{len(state['metrics'])}.safetensors"))
+        load_model(agent, str(_weights(folder, state)))
         return state
     except Exception as error:                                        # whatever a loader raises: missing, cut, foreign
-        raise ValueError(f"{folder} holds no checkpoint for this agent ({' '.join(str(error).split())[:90]})") from None
+        raise ValueError(f"{folder} holds no checkpoint for this agent ({_one_line(error, 90)})") from None
 
 def train(agent, env_fn, config, folder=None, resume=False):
     """Train the agent in place, on environments that env_fn() makes. The same seed gives the same run.
@@ -576,8 +588,8 @@ def train(agent, env_fn, config, folder=None, resume=False):
     _check(folder or not resume, "to resume, give the folder that holds the checkpoint")
     _check(resume or not folder or not (folder / "state.pt").exists(), f"{folder} holds a checkpoint: resume it")
     players, episodes, history = [Player(env_fn(), 1000 * config.seed + b) for b in range(config.n_envs)], [], []
-    parts = [[x for name, x in agent.named_parameters() if name.startswith("lm.") is lm] for lm in (True, False)]
-    optimizer = torch.optim.Adam([dict(params=[x for x in part if x.requires_grad]) for part in parts])
+    learn = [(name.startswith("lm."), x) for name, x in agent.named_parameters() if x.requires_grad]
+    optimizer = torch.optim.Adam([dict(params=[x for in_lm, x in learn if in_lm is lm]) for lm in (True, False)])
     if resume:
         state = load(folder, agent)
         free = {} if config.lr_decay else {"updates": config.updates}      # with lr_decay their number sets the steps
@@ -619,7 +631,7 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=None):
                                       AutoTokenizer.from_pretrained(where, **gguf))
         except Exception as error:                                   # whatever a loader raises, the user typed a name
             raise ValueError(f"cannot load the model {model!r}: expected tiny, a hub id, a local folder or a .gguf "
-                             f"file ({' '.join(str(error).split())[:90]}…)") from error
+                             f"file ({_one_line(error, 90)}…)") from error
         agent.bf16 = device.startswith("cuda")
     if train_layers:
         layers = next(x for x in agent.lm.modules() if isinstance(x, nn.ModuleList))       # a model's first list
@@ -676,10 +688,11 @@ def main(argv=None):
     wording = {"wording": args.wording or "long"} if args.wording or args.env == "food" else {}
     env_fn, folder = partial(make, args.env, **wording), Path(args.resume or args.save)
     try:
-        able = [m for m in METHODS if METHODS[m]["policy"] not in RESTRICTED or "menu" in env_fn().reset(seed=0)[1]]
+        has_menu = "menu" in env_fn().reset(seed=0)[1]
+        able = [method for method, row in METHODS.items() if has_menu or row["policy"] not in RESTRICTED]
         methods = args.method.split(",") if args.method else able
         _check(set(methods) <= set(able), f"--method {args.method} on {args.env}: choose from {', '.join(able)}"
-               + f" ({' and '.join(RESTRICTED)} need a menu, which {args.env} has not)" * (len(able) < len(METHODS)))
+               + f" ({' and '.join(RESTRICTED)} need a menu, which {args.env} has not)" * (not has_menu))
         _check(not args.resume or any(folder.glob("*/state.pt")), f"{folder} holds no checkpoint to go on from")
         torch.set_num_threads(1 if tiny else torch.get_num_threads())                     # it is too small to share
         _check(args.seeds >= 1, f"--seeds {args.seeds}: expected at least 1")
@@ -692,7 +705,8 @@ def main(argv=None):
                 place = folder / f"{method}-{seed}" if args.resume or args.save else None
                 resume = bool(args.resume) and (place / "state.pt").exists()
                 if args.eval:
-                    args.resume and load(place, agent)
+                    if args.resume:
+                        load(place, agent)
                     demonstrate(agent, env_fn, args.eval, method, seed)
                     continue
                 runs.append({"config": asdict(config) | dict(env=args.env, model=args.model, **wording), "metrics": []})
@@ -703,7 +717,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted: what was measured so far is kept")
     except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(_one_line(error))
     finally:
         if runs := [run for run in runs if run["metrics"]]:
             report(runs, Path(args.out or f"runs/{args.env}.json").with_suffix(".json"))

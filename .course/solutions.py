@@ -4,7 +4,6 @@ PLAIN: a correct solution of every exercise, as a student might write it from th
 other styles. All must pass. MISTAKES: (exercise, words of the message, what to replace in the plain solution, by what):
 each must fail, with a message that holds these words, so that it says what is wrong."""
 import sys
-import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -496,24 +495,19 @@ MISTAKES = [
 ]
 
 
-def file_of(name, source):
-    """The text of a student's file: a method stands in its class."""
-    return source if hasattr(kit.poad, name) else "class LanguageAgent:\n" + textwrap.indent(source, "    ")
-
-
 def main():
     warnings.simplefilter("ignore")                                      # a wrong solution may cause some
     transformers.logging.set_verbosity_error()
     begin, wrong, named = time.time(), [], 0
     good = [(name, "plain", source) for name, source in PLAIN.items()] + OTHER
     for name, style, source in good:
-        with kit.grafted(file_of(name, source), name):
+        with kit.grafted(kit.file_of(name, source), name):
             wrong += [f"{name}, {style}: correct, but fails {test}: {words}" for test, words, _ in kit.failures(name)]
     for name, words, old, new in MISTAKES:
         if PLAIN[name].count(old) < 1:
             wrong.append(f"{name}: the patch for {words!r} no longer fits the plain solution")
             continue
-        with kit.grafted(file_of(name, PLAIN[name].replace(old, new)), name):
+        with kit.grafted(kit.file_of(name, PLAIN[name].replace(old, new)), name):
             found = kit.failures(name)
         if not found or found[0][0].endswith("refuses_bad_input"):
             wrong.append(f"{name}: not caught: {words}")
