@@ -1,726 +1,1092 @@
-"""POAD: policy optimization with action decomposition, in one file that reads top to bottom.
+"""POAD: policy optimization with action decomposition, in one file to read top to bottom.
 
-Paper: "Reinforcing Language Agents via Policy Optimization with Action Decomposition", arXiv 2405.15821, NeurIPS 2024;
-"Eq. n" is its equation n unless another source is named. An agent sees o_t and writes an action a_t = (w¹ … wⁿ) token
-by token; the environment answers r_t, o_{t+1}. BAD, the Bellman backup with Action Decomposition, discounts *between*
-actions (γ) and never *inside* one (γ_w = 1). POAD is PPO with BAD: critic, advantages and clipped ratio are per token.
-    symbol     name                 meaning                                      shape
-    γ, γ_w     gamma, gamma_token   discount between actions, and inside one     scalars; BAD: γ_w = 1
-    λ, λ_w     lam, lam_token       trace decay of GAE, likewise                 scalars
-    Q(o,w<,w)  q                    value of writing w after the prefix w<       tables (S, N, V); actions (S, A)
-    V(o,w<)    values               value of an observation and begun action     (B, N); tables (S, N)
-    π(w|o,w<)  logp, policy         (log-)probability of a token                 (B, N); tables (S, N, V)
-    A          advantages           credit of a token                            (B, N)
-B rows (environments, or written actions) · N token slots of a row (tables: prefixes) · T steps · L tokens of an action
-S states · A actions (of a menu) · V vocabulary · U distinct prompts · R rows read · H features; K, P, W widths"""
-import argparse
+Paper: "Reinforcing Language Agents via Policy Optimization with Action Decomposition",
+arXiv 2405.15821, NeurIPS 2024; "Eq. n" is its equation n unless another source is named.
+At step t an agent sees o_t and writes an action a_t = (w¹ … wⁿ) token by token; the
+environment answers with a reward r_t and o_{t+1}. BAD, the Bellman backup with Action
+Decomposition, discounts *between* actions (γ) and never *inside* one (γ_w = 1). POAD is PPO
+with BAD: its critic, its advantages and its clipped ratio are per token.
+
+    symbol     name                 meaning                                    shape
+    γ, γ_w     gamma, gamma_token   discount between actions, inside one       scalars
+    λ, λ_w     lam, lam_token       share of later surprises that GAE passes
+                                    back, between actions, inside one          scalars
+    Q(o,w<,w)  q                    value of writing w after the prefix w<     (S, N, V)
+    v(o,w<)    values               value of an observation and a prefix       (B, N)
+    π(w|o,w<)  policy, logp         (log-)probability of a token               (B, N)
+    Â          advantages           credit of a token                          (B, N)
+
+Capitals in shapes are sizes: B rows (environments, or written actions), N token slots of a
+row (in tables: prefixes), T steps, L tokens of an action, S states, A actions (of a menu),
+V vocabulary, H features. Where a whole action gets one credit, it is one slot.
+"""
 import copy
 import json
+import shlex
+import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
+from inspect import signature
 from pathlib import Path
-from statistics import mean, median, pstdev
+from statistics import mean, pstdev, stdev
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from safetensors.torch import load_model, save_model
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+import transformers
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm, trange
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from envs import ENVS, Player, make
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-def _check(ok, message):
-    if not ok:
-        raise ValueError(message)
-def _one_line(error, length=None):
-    return " ".join(str(error).split())[:length]
-def _check_unit(**scalars):
-    for name, x in scalars.items():
-        _check(torch.as_tensor((x >= 0) & (x <= 1)).all(), f"{name} is {x}, but a discount or decay lies in [0, 1]")
-def _check_shapes(**tensors):
-    (first, x), *others = tensors.items()
-    for name, y in others:
-        _check(x.shape == y.shape, f"{first} is {tuple(x.shape)} but {name} is {tuple(y.shape)}; they must agree")
+from envs import ENVS, Player, make, require, seeded, tiny_lm
 
-# ---------------------------------------------------------------- Bellman backups (tables, float64)
+
+def same_shape(**tensors):
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    require(len(set(shapes.values())) == 1, f"these must have one shape: {shapes}")
+
+
+# ------------------------------------------------- Bellman backups (tables, float64)
+
+
 def state_values(q, policy=None, temperature=0.0):
-    """Exercise 1 (3 points). Value of a choice: its best option, the policy's mean, or the soft maximum.
-    V = max_w Q(w)   or   Σ_w π(w) Q(w)   or   τ · log Σ_w exp(Q(w) / τ)                (soft: App. B.3)
-    Args: q: (..., W), −inf: no such option; policy: (..., W), 0 · (−inf) = 0; or, not both, temperature: τ > 0. → (...)
+    """Value of a choice: its best option, the policy's mean, or the soft maximum.
+
+    v = max_w Q(w)   or   Σ_w π(w) Q(w)   or   τ log Σ_w exp(Q(w) / τ)   (soft: App. B.3)
+
+    q, policy: (..., V) → (...). −inf in q marks an invalid token, and 0 · (−inf) = 0.
     >>> q = torch.tensor([1.0, 3.0, -torch.inf])
     >>> state_values(q).item(), state_values(q, policy=torch.tensor([0.5, 0.5, 0.0])).item()
-    (3.0, 2.0)"""
-    q = q if torch.is_tensor(q) and q.is_floating_point() else torch.as_tensor(q, dtype=torch.float64)
-    _check(0 <= temperature < torch.inf, f"temperature is {temperature}, expected a finite number ≥ 0")
-    _check(policy is None or temperature == 0, "give a policy or a temperature, not both")
-    if policy is None:
-        return temperature * torch.logsumexp(q / temperature, -1) if temperature else q.amax(-1)
-    policy = torch.as_tensor(policy, dtype=q.dtype, device=q.device)
-    _check_shapes(q=q, policy=policy)
-    return (policy * q.masked_fill((policy == 0) & q.isneginf(), 0)).sum(-1)
+    (3.0, 2.0)
+    """
+    require(policy is None or temperature == 0, "give a policy or a temperature, not both")
+    if not torch.is_tensor(q) or not q.is_floating_point():
+        q = torch.as_tensor(q, dtype=torch.float64)
+    if policy is not None:
+        policy = torch.as_tensor(policy, dtype=q.dtype)
+        same_shape(q=q, policy=policy)
+        return torch.where(policy == 0, 0, policy * q).sum(-1)
+    if temperature > 0:
+        return temperature * torch.logsumexp(q / temperature, -1)
+    return q.amax(-1)
+
 
 def action_backup(q, mdp, gamma, policy=None, temperature=0.0):
-    """Exercise 2 (2 points). One Bellman backup at action level: the whole action is one decision.
-    Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s')   (Eq. 4-5)      R = 1, γ = ½, P = (½, ½), V = (4, 12): 1 + ½ · 8 = 5
-    Args: q, policy: (S, A); mdp: TokenMDP (`reward`, `transition`); gamma: in [0, 1].   → (S, A), float64."""
-    _check_unit(gamma=gamma)
+    """One Bellman backup at action level: the whole action is one decision (Eq. 4-5).
+
+    Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) v(s')
+
+    q, policy: (S, A); mdp: a TokenMDP, `reward` (S, A), `transition` (S, A, S). → (S, A)
+    For R = 1, γ = ½, P = (½, ½) and v = (4, 12): 1 + ½ · 8 = 5.
+    """
     q = torch.as_tensor(q, dtype=torch.float64)
-    _check_shapes(reward=mdp.reward, q=q)
-    return mdp.reward + gamma * mdp.transition @ state_values(q, policy, temperature)
+    same_shape(reward=mdp.reward, q=q)
+    v = state_values(q, policy, temperature)                                # (S,)
+    return mdp.reward + gamma * mdp.transition @ v
+
 
 def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
-    """Exercise 3 (4 points). One Bellman backup at token level: every token is a decision.
-    Q(s, w<ʲ, wʲ) ← γ_w · V(s, w≤ʲ)                         inside the action, j < n       (Eq. 9, 13)
-    Q(s, w<ⁿ, wⁿ) ← R(s, a) + γ Σ_s' P(s'|s, a) V(s', ∅)    when wⁿ completes a            (Eq. 10, 14)
-    γ_w = γ is naive (NTPO), γ_w = 1 is BAD: 3 tokens that pay 1 at the end are worth ¼, ½, 1 at γ_w = ½, else 1, 1, 1.
-    Args: q, policy (S, N, V), ∅ is prefix 0; mdp: TokenMDP (`child`, `leaf`); γ, γ_w in [0, 1]. Invalid token: −inf."""
-    _check_unit(gamma=gamma, gamma_token=gamma_token)
+    """One Bellman backup at token level: every token is a decision.
+
+    Q(s, w<ʲ, wʲ) ← γ_w · v(s, w≤ʲ)                        inside an action  (Eq. 9, 13)
+    Q(s, w<ⁿ, wⁿ) ← R(s, a) + γ Σ_s' P(s'|s, a) v(s', ∅)   wⁿ completes a    (Eq. 10, 14)
+
+    γ_w = γ is naive token level (NTPO), γ_w = 1 is BAD. Three tokens that pay 1 at the end
+    are worth ¼, ½, 1 at γ_w = ½, and 1, 1, 1 under BAD.
+    q, policy: (S, N, V), ∅ is prefix 0; mdp: a TokenMDP with `child`, `leaf` (N, V).
+    → (S, N, V), −inf at invalid tokens.
+    """
     q = torch.as_tensor(q, dtype=torch.float64)
-    inside, complete = mdp.child >= 0, mdp.leaf >= 0                                      # (N, V): goes on | completes
-    _check_shapes(table=torch.empty(len(mdp.reward), *inside.shape), q=q)
-    v = state_values(q.masked_fill(~(inside | complete), -torch.inf), policy, temperature)              # (S, N)
-    outcome = mdp.reward + gamma * mdp.transition @ v[:, 0]                                             # (S, A)
-    new = torch.where(inside, gamma_token * v[:, mdp.child], outcome[:, mdp.leaf])                      # (S, N, V)
-    return new.masked_fill(~(inside | complete), -torch.inf)
+    table = torch.empty(len(mdp.reward), *mdp.child.shape)
+    same_shape(table=table, q=q)
+    inside = mdp.child >= 0                                                 # (N, V)
+    complete = mdp.leaf >= 0                                                # (N, V)
+    valid = inside | complete
+    q = q.masked_fill(~valid, -torch.inf)
+    v = state_values(q, policy, temperature)                                # (S, N)
+    outcome = mdp.reward + gamma * mdp.transition @ v[:, 0]                 # (S, A)
+    new = torch.full_like(q, -torch.inf)
+    new[:, inside] = gamma_token * v[:, mdp.child[inside]]
+    new[:, complete] = outcome[:, mdp.leaf[complete]]
+    return new
+
 
 def bad_backup(q, mdp, gamma, policy=None, temperature=0.0):
-    """Exercise 4 (1 point). One Bellman backup with Action Decomposition (Eq. 13-14): `token_backup` with γ_w = 1."""
+    """One Bellman backup with Action Decomposition (Eq. 13-14): that at γ_w = 1."""
     return token_backup(q, mdp, gamma, 1.0, policy, temperature)
 
+
 def solve(backup, q0, tol=1e-12, max_iters=100_000):
-    """The fixed point of a backup, from q0 until no finite entry moves by more than tol; else RuntimeError; float64."""
-    q, residual = torch.as_tensor(q0, dtype=torch.float64), torch.inf
+    """The fixed point of a backup, found by repeating it from q0 until nothing moves.
+
+    Stops when no entry moves by more than tol; entries that became −inf (invalid tokens)
+    do not count.
+    RuntimeError after max_iters backups, also for tables that grow without end.
+    """
+    q = torch.as_tensor(q0, dtype=torch.float64)
     for _ in range(max_iters):
-        old, q = q, torch.as_tensor(backup(q), dtype=torch.float64)
-        residual = max((q - old)[q.isfinite() & old.isfinite()].abs().tolist(), default=0.0)
-        if residual <= tol and not (q.isnan() | q.isposinf()).any():
-            return q
-    raise RuntimeError(f"no fixed point after {max_iters} backups: the last one still moved an entry by {residual:.3g}")
+        new = torch.as_tensor(backup(q), dtype=torch.float64)
+        residual = torch.where(new.isneginf(), 0, new - q).abs().max()
+        if residual <= tol:                             # not if it is NaN: ∞ − ∞
+            return new
+        q = new
+    raise RuntimeError(f"no fixed point in {max_iters} backups: still {residual:.3g}")
+
 
 def action_policy(token_policy, mdp):
-    """Exercise 5 (2 points). Chain rule, (S, N, V) → (S, A), differentiable: π(a|s) = Π_j π(wʲ|s, w<ʲ); ½ · ¼ = ⅛."""
-    token_policy, node = torch.as_tensor(token_policy), {prefix: n for n, prefix in enumerate(mdp.prefixes)}
-    _check_shapes(table=torch.empty(len(mdp.reward), *mdp.child.shape), token_policy=token_policy)
-    columns = [[token_policy[:, node[a[:j]], w] for j, w in enumerate(a)] for a in map(tuple, mdp.actions)]
-    return torch.stack([torch.stack(column).prod(0) for column in columns], 1)
+    """Probability of whole actions by the chain rule, (S, N, V) → (S, A), differentiable.
 
-# ---------------------------------------------------------------- credit over a stream of tokens
+    π(a|s) = Π_j π(wʲ|s, w<ʲ)                    two tokens of ½ and ¼: ⅛
+    """
+    token_policy = torch.as_tensor(token_policy)
+    table = torch.empty(len(mdp.reward), *mdp.child.shape)
+    same_shape(table=table, token_policy=token_policy)
+    number = {prefix: n for n, prefix in enumerate(mdp.prefixes)}
+    columns = []
+    for action in mdp.actions:
+        probability = 1
+        for j, token in enumerate(action):
+            probability = probability * token_policy[:, number[action[:j]], token]   # (S,)
+        columns.append(probability)
+    return torch.stack(columns, 1)
+
+
+# ------------------------------------------------- credit over a stream of tokens
+
+
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
-    """Exercise 6 (3 points). What follows each token is worth this much: the one vector in which BAD and naive differ.
-    γ_n = γ_w inside an action,   γ after its last token,   0 after the last token of a finished episode
-    BAD is γ_w = 1, naive is γ_w = γ, action level is every slot an action end.
-    Args: action_end, done (any shape): booleans or 0/1, float dtypes stay; done read at action ends; γ, γ_w in [0, 1].
-    >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
-    tensor([[1.0000, 0.5000, 1.0000, 0.0000]])"""
-    _check_unit(gamma=gamma, gamma_token=gamma_token)
-    action_end, done = torch.as_tensor(action_end), torch.as_tensor(done)
-    _check_shapes(action_end=action_end, done=done)
-    dtype = action_end.dtype if action_end.is_floating_point() else torch.get_default_dtype()
-    inside, between, over = torch.tensor([gamma_token, gamma, 0.0], dtype=dtype, device=action_end.device)
-    return torch.where(action_end.bool(), torch.where(done.bool(), over, between), inside)
+    """What follows a token is worth this: the one vector in which BAD and naive differ.
 
-def _recurrence(b, c, last):
-    """x_n = b_n + c_n x_{n+1} for all n at once, x_N = last: (B, N), (B, N), (B,) → (B, N + 1).
-    A loop would be  x = last;  for n = N−1 … 0:  x = b[n] + c[n] * x.  Here each of log₂ N steps puts the equation
-    into itself and doubles the distance k at which  x_n = b_n + c_n x_{n+k}  holds."""
-    b, k = torch.cat([b, last[:, None]], 1), 1
-    while k < b.shape[1]:
-        b[:, :-k] += c * b[:, k:]                                  # c: one entry for every n whose n + k is in the row
-        c, k = c[:, :-k] * c[:, k:], 2 * k
-    return b
+    γ_n = γ_w inside an action,  γ after its last token,  0 after a finished episode's last
+
+    BAD is γ_w = 1; naive is γ_w = γ; at action level every slot is an action's end.
+    action_end, done: masks of one shape; `done` counts only at action ends. → floats, same
+    shape.
+    >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
+    tensor([[1.0000, 0.5000, 1.0000, 0.0000]])
+    """
+    action_end = torch.as_tensor(action_end)
+    done = torch.as_tensor(done)
+    same_shape(action_end=action_end, done=done)
+    discounts = 0.0 * action_end + gamma_token          # a float mask keeps its dtype
+    discounts[action_end.bool()] = gamma
+    discounts[action_end.bool() & done.bool()] = 0
+    return discounts
+
 
 @torch.no_grad()
 def gae(rewards, values, discounts, lambdas, mask, last_values):
-    """Exercise 7 (5 points). Generalized advantage estimation on a masked stream of tokens (arXiv 1506.02438, Eq. 16).
-    δ_n = r_n + γ_n v_{n+1} − v_n        A_n = δ_n + γ_n λ_n A_{n+1}        returns_n = A_n + v_n
-    v_{n+1} is the value of the next *written* token; a masked slot has no reward, value or decay and may hold anything.
-    With γ_w = λ_w = 1 (POAD here) an action's first token gets the action-level GAE(λ); λ at every token (the paper's
-    code) leaves .95⁴ = .81 of it to 5. A time limit is no termination: it enters as r_n + γ V(o_next) with discount 0.
-    Args: rewards, values, discounts (see `bad_discounts`), mask: (B, N); lambdas: scalar or (B, N); last_values: (B,),
-      what follows a row's last written token.   Returns: (advantages, returns), (B, N), 0 where masked, no gradient.
-    >>> one = torch.ones(1, 3)                            # an action of three tokens, reward 1 at its end, values ½
-    >>> gae(torch.tensor([[0, 0, 1.]]), one / 2, torch.tensor([[1, 1, 0.]]), 1.0, one, torch.zeros(1))[0]
-    tensor([[0.5000, 0.5000, 0.5000]])"""
-    lambdas = lambdas.to(values) if torch.as_tensor(lambdas).dim() else torch.full_like(values, float(lambdas))
-    _check_shapes(mask=mask, rewards=rewards, values=values, discounts=discounts, lambdas=lambdas)
-    _check_shapes(rows=mask[:, 0], last_values=last_values)
-    mask = mask.bool()
-    _check(rewards[mask].isfinite().all(), "a reward on a written token is not finite")
-    _check_unit(discounts=discounts[mask], lambdas=lambdas[mask])
-    rewards, values, decay = (torch.where(mask, x.to(values), 0) for x in (rewards, values, discounts))
-    next_values = _recurrence(values, (~mask).to(values), last_values.to(values))[:, 1:]            # gaps pass it on
-    delta = rewards + decay * next_values - values
-    trace = torch.where(mask, decay * lambdas, 1)                                                   # likewise
-    advantages = _recurrence(torch.where(mask, delta, 0), trace, torch.zeros_like(values[:, 0]))[:, :-1]
-    return torch.where(mask, advantages, 0), torch.where(mask, advantages + values, 0)
+    """Generalized advantage estimation on a masked stream of tokens (arXiv 1506.02438).
 
-# ---------------------------------------------------------------- PPO losses
+    δ_n = r_n + γ_n v_{n+1} − v_n     Â_n = δ_n + γ_n λ_n Â_{n+1}     returns_n = Â_n + v_n
+
+    v_{n+1} is the value of the next *written* token: a masked slot passes on what follows
+    it, and may hold anything. At γ_w = λ_w = 1 an action's first token gets action-level
+    GAE(λ); λ at every token (the paper's code) leaves it .95⁴ = .81 of a surprise at the
+    end of 5. A time limit is no termination: it enters as r_n + γ v(o_next), discount 0.
+    rewards, values, discounts, mask: (B, N); lambdas: a scalar or (B, N); last_values (B,):
+    what follows a row's last written token. → advantages, returns (B, N), 0 where masked.
+    >>> one = torch.ones(1, 3)          # an action of three tokens, reward 1 at its end
+    >>> reward = torch.tensor([[0.0, 0.0, 1.0]])
+    >>> gae(reward, one / 2, torch.tensor([[1, 1, 0]]), 1.0, one, torch.zeros(1))[0]
+    tensor([[0.5000, 0.5000, 0.5000]])
+    """
+    if torch.as_tensor(lambdas).dim() == 0:
+        lambdas = torch.full_like(values, lambdas)
+    same_shape(
+        mask=mask, rewards=rewards, values=values, discounts=discounts, lambdas=lambdas)
+    same_shape(rows=mask[:, 0], last_values=last_values)
+    mask = mask.bool()
+    advantages = torch.zeros_like(values)
+    next_value = last_values.to(values)                                     # (B,)
+    next_advantage = torch.zeros_like(next_value)                           # (B,)
+    for n in reversed(range(mask.shape[1])):
+        written = mask[:, n]
+        delta = rewards[:, n] + discounts[:, n] * next_value - values[:, n]
+        advantage = delta + discounts[:, n] * lambdas[:, n] * next_advantage
+        advantages[:, n] = torch.where(written, advantage, 0)
+        next_value = torch.where(written, values[:, n], next_value)
+        next_advantage = torch.where(written, advantage, next_advantage)
+    return advantages, torch.where(mask, advantages + values, 0)
+
+
+# ------------------------------------------------- PPO losses
+
+
+def real(mask, **tensors):
+    """The entries of each tensor that the mask selects: the others may hold anything."""
+    same_shape(mask=mask, **tensors)
+    require(mask.any(), "a mean over nothing: the mask selects no entry")
+    return [x[mask.bool()] for x in tensors.values()]
+
+
 def masked_mean(x, mask):
-    """Exercise 8 (2 points). Mean over real entries, Σ m x / Σ m; the others may hold anything, NaN too. → scalar
+    """Mean over real entries, Σ m x / Σ m, of tensors of any one shape. → scalar
+
     >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([1, 1, 0])).item()
-    2.0"""
-    _check_shapes(x=x, mask=mask)
-    _check(mask.any(), "a mean over nothing: the mask selects no entry")
-    return x[mask.bool()].mean(dtype=None if x.is_floating_point() else torch.get_default_dtype())
+    2.0
+    """
+    [entries] = real(mask, x=x)
+    if not entries.is_floating_point():
+        entries = entries.float()
+    return entries.mean()
+
 
 def normalize(x, mask):
-    """Exercise 9 (2 points). (x − μ) / (σ + 1e-8), mean μ, population σ of real entries, zeros too; 0 where masked.
+    """Real entries to mean 0 and population standard deviation 1; zeros where masked.
+
+    (x − μ) / (σ + 1e-8)                        a true zero is an entry like any other
+
     >>> normalize(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
-    tensor([-1.,  1.,  0.])"""
+    tensor([-1.,  1.,  0.])
+    """
     centred = torch.where(mask.bool(), x - masked_mean(x, mask), 0)
-    return centred / (masked_mean(centred ** 2, mask).sqrt() + 1e-8)
+    deviation = masked_mean(centred**2, mask).sqrt()
+    return centred / (deviation + 1e-8)
+
 
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
-    """Exercise 10 (4 points). PPO's clipped surrogate (arXiv 1707.06347, Eq. 7): a mean over real tokens or actions.
-    ratio = exp(logp − old_logp)        loss = −mean min( ratio · A,  clamp(ratio, 1 − ε, 1 + ε) · A )
-    Args: logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, usually .1-.3.   Returns: (loss,
-      info, detached): "kl", mean of ratio − 1 − log ratio ≈ KL(π_old, π); "clip_fraction": share of |ratio − 1| > ε.
-    >>> new, one = torch.tensor([[1.5, 0.5]]).log(), torch.ones(1, 2)
-    >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)      # −(1.2 + 0.5) / 2: the first ratio is clipped
-    -0.85"""
-    _check(clip >= 0, f"clip is {clip}, expected a number ≥ 0")
-    _check_shapes(mask=mask, logp=logp, old_logp=old_logp, advantages=advantages)
-    log_ratio, advantages = (logp - old_logp)[mask.bool()], advantages[mask.bool()]
-    ratio, all_real = log_ratio.exp(), torch.ones_like(log_ratio)
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    info = {"kl": ratio - 1 - log_ratio, "clip_fraction": ((ratio - 1).abs() > clip).to(ratio)}
-    return -masked_mean(objective, all_real), {name: masked_mean(x.detach(), all_real) for name, x in info.items()}
+    """PPO's clipped surrogate, a mean over real slots (arXiv 1707.06347, Eq. 7).
+
+    ratio = exp(logp − old_logp)   loss = −mean min( ratio · Â, clamp(ratio, 1−ε, 1+ε) · Â )
+
+    logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, often .1-.3.
+    → loss, and without gradient "kl", the mean of ratio − 1 − log ratio (an estimate of
+    KL(π_old, π)), and "clip_fraction", the share of |ratio − 1| > ε.
+    >>> new = torch.tensor([[1.5, 0.5]]).log()
+    >>> one = torch.ones(1, 2)
+    >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)   # −(1.2 + .5) / 2
+    -0.85
+    """
+    logp, old_logp, advantages = real(
+        mask, logp=logp, old_logp=old_logp, advantages=advantages)
+    log_ratio = logp - old_logp
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    info = {
+        "kl": (ratio - 1 - log_ratio).mean().detach(),
+        "clip_fraction": ((ratio - 1).abs() > clip).to(ratio).mean()}
+    return -objective.mean(), info
+
 
 def value_loss(values, old_values, returns, mask, clip=None):
-    """Exercise 11 (3 points). Squared error of the critic against returns R; with ε also that of a step clipped to ±ε.
-    loss = mean ½ (V − R)²    or    mean ½ max( (V − R)², (V_old + clamp(V − V_old, −ε, ε) − R)² )
-    Args: values, old_values, returns, mask: (B, N); clip: ε or None.   Returns: scalar.
-    >>> value_loss(torch.tensor([[3.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), torch.ones(1, 1)).item()
-    2.0"""
-    _check(clip is None or clip >= 0, f"clip is {clip}, expected None or a number ≥ 0")
-    _check_shapes(mask=mask, values=values, old_values=old_values, returns=returns)
-    values, old_values, returns = (x[mask.bool()] for x in (values, old_values, returns))
+    """Squared error of the critic against returns R, or also that of a step clipped to ±ε.
+
+    mean ½ (v − R)²    or    mean ½ max( (v − R)², (v_old + clamp(v − v_old, −ε, ε) − R)² )
+
+    values, old_values, returns, mask: (B, N); clip: ε in units of v, or None. → scalar
+    >>> value, old, target = torch.tensor([[[3.0]], [[0.0]], [[1.0]]])
+    >>> value_loss(value, old, target, torch.ones(1, 1)).item()            # ½ (3 − 1)²
+    2.0
+    """
+    values, old_values, returns = real(
+        mask, values=values, old_values=old_values, returns=returns)
     error = (values - returns) ** 2
     if clip is not None:
-        error = torch.maximum(error, (old_values + (values - old_values).clamp(-clip, clip) - returns) ** 2)
-    return masked_mean(error / 2, torch.ones_like(error))
+        clipped = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (clipped - returns) ** 2)
+    return error.mean() / 2
 
-# ---------------------------------------------------------------- language agent
-RESTRICTED, POLICIES = ("glam", "twosome"), ("token", "action", "glam", "twosome")      # RESTRICTED need a menu
 
-@dataclass
-class Actions:
-    """B written actions of up to L tokens; all of it is data, carried along and never inferred again."""
-    text: list               # B strings, for the environment
-    prompt_ids: list         # B tuples of token ids, unpadded
-    ids: torch.Tensor        # (B, L) the action's tokens, eos included, padded on the right
-    mask: torch.Tensor       # (B, L) True on written tokens
-    logp: torch.Tensor       # (B, L) log π(wʲ|o, w<ʲ) when sampled; all policies but "token": (B, 1) log π(a|o)
-    values: torch.Tensor     # likewise: V before each token; V(o)
-    entropy: torch.Tensor    # likewise: of the distribution that sampled, 0 where the menu leaves no choice
+# ------------------------------------------------- the methods and their update
 
-    def rows(self, index):
-        return Actions(*([x[i] for i in index] if isinstance(x, list) else x[index] for x in vars(self).values()))
+METHODS = {  # policy: what samples, and gets one credit; lr: step size for the tiny LM
+    "glam": dict(policy="glam", lr=3e-4, color="tab:purple"),
+    "twosome": dict(policy="twosome", lr=3e-3, color="tab:green"),
+    "action": dict(policy="action", lr=3e-4, color="tab:orange"),
+    "ntpo": dict(policy="token", lr=3e-4, color="tab:red"),
+    "poad": dict(policy="token", lr=3e-4, color="tab:blue")}
 
-@lru_cache(maxsize=10_000)
-def menu_trie(tokenizer, menu):
-    """A menu (tuple of strings) as token sequences, with eos, and as a trie {prefix: tokens that may follow}."""
-    _check(menu, "the menu is empty: at least one action is expected")
-    entries = [tuple(tokenizer(" " + text, add_special_tokens=False).input_ids) for text in menu]
-    _check(all(entries) and len(set(entries)) == len(menu), f"an entry is empty or listed twice in the menu {menu}")
-    entries, trie = [entry + (tokenizer.eos_token_id,) for entry in entries], {}
-    for prefix, token in dict.fromkeys((entry[:j], entry[j]) for entry in entries for j in range(len(entry))):
-        trie.setdefault(prefix, []).append(token)
-    return entries, trie
 
-def menu_logp(logits, allowed):
-    """Exercise 12 (2 points). Next-token log-probabilities, restricted to what a menu allows and renormalised.
-    log π(w) = logit_w − log Σ_{w' allowed} exp(logit_w')  for allowed w, else −inf
-    Args: logits: (..., V); allowed: (..., V) booleans, or None: all.   Returns: (..., V), float32.
-    >>> menu_logp(torch.tensor([0.0, 0.0, 5.0]), torch.tensor([True, True, False])).exp()
-    tensor([0.5000, 0.5000, 0.0000])"""
-    return (logits if allowed is None else logits.masked_fill(~allowed.bool(), -torch.inf)).float().log_softmax(-1)
+def knob(default, help):
+    return field(default=default, metadata={"help": help})
 
-def _entropy(log_pi):                        # H = −Σ π log π over the last axis; −inf marks what cannot be sampled
-    return -(log_pi.exp() * log_pi.masked_fill(log_pi.isneginf(), 0)).sum(-1)
-def _sample(log_pi, greedy, generator):      # (B, W) → (B, 1); drawn on the CPU: a seed means the same on every device
-    pick = log_pi.argmax(-1, True) if greedy else log_pi.cpu().exp().multinomial(1, generator=generator)
-    return pick.to(log_pi.device)
-def _pad(rows, side="right"):                # R lists of token ids → one tensor (R, W), padded on one side; its mask
-    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, -1, side)
-    return ids.clamp(min=0), ids >= 0
-def _distinct(rows):                         # → the number of one row of each kind; for each row the number of its kind
-    first = {row: b for b, row in reversed(list(enumerate(rows)))}
-    kind = {row: u for u, row in enumerate(first)}
-    return list(first.values()), [kind[row] for row in rows]
-def _allow(free, places, size):              # booleans (…, V): every token where free, at (index …, token) that token
-    allowed = free[..., None].repeat(*[1] * free.dim(), size)
-    allowed[tuple(torch.tensor(places, device=free.device).T)] = True
-    return allowed
-
-class LanguageAgent(nn.Module):
-    """A transformers causal LM, with its tokenizer, that writes actions; and a critic, V(o, w<ʲ) before each token:
-    "head", an MLP that reads the LM's features but does not train them, or "copy", an MLP on its own copy of the LM."""
-    def __init__(self, lm, tokenizer, critic="head", max_new_tokens=32):
-        super().__init__()
-        _check(critic in ("head", "copy"), f"critic is {critic!r}, expected 'head' or 'copy'")
-        _check(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        _check(tokenizer.eos_token_id is not None, "the tokenizer has no eos token, which must end an action")
-        self.lm, self.tokenizer, self.max_new_tokens = lm, tokenizer, max_new_tokens
-        self.critic_lm = copy.deepcopy(lm) if critic == "copy" else None
-        self.head = nn.Sequential(nn.Linear(lm.config.hidden_size, 128), nn.Tanh(), nn.Linear(128, 1)).to(lm.device)
-        for x in self.head[-1].parameters():
-            nn.init.zeros_(x)                       # V = 0: no advantage, rather than normalised noise, before a reward
-        self.memory, self.bf16 = None, False        # what `_tokens` has read; whether the LM computes in bfloat16
-        self.eval()
-
-    def remembering(self):
-        """A twin that shares all weights and reads nothing twice: for a rollout, while the weights stand still."""
-        twin = copy.copy(self)
-        twin.memory = {}
-        return twin
-
-    def train(self, mode=True):
-        return super().train(False)                   # no dropout: the policy that is trained is the one that sampled
-
-    def _tokenize(self, prompts, menus=None, policy="token"):             # prompts, or their ids → ids; menus → tries
-        _check(policy in POLICIES, f"unknown policy {policy!r}, expected one of {', '.join(POLICIES)}")
-        _check(menus is not None or policy not in RESTRICTED, f"{policy} needs a restricted action set (a menu)")
-        _check(menus is None or len(menus) == len(prompts), f"{len(prompts)} prompts, but {len(menus or ())} menus")
-        ids = [p if isinstance(p, tuple) else tuple(self.tokenizer(p).input_ids) for p in prompts]
-        _check(ids and all(ids) and not isinstance(prompts, str), "expected a list of prompts, none of them empty")
-        return ids, menus and [menu_trie(self.tokenizer, tuple(menu)) for menu in menus]
-
-    def _forward(self, lm, ids, mask, cache=None, seen=None, keep=0):
-        """Read ids (R, K) after what a cache has seen: logits (of the last `keep`; 0: all), features, both renewed."""
-        seen = mask if seen is None else torch.cat([seen, mask], 1)
-        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]              # explicit: padding shifts them
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            out = lm(input_ids=ids, attention_mask=seen.long(), position_ids=positions, past_key_values=cache,
-                     use_cache=True, output_hidden_states=True, logits_to_keep=keep)
-        return out.logits, out.hidden_states[-1], out.past_key_values, seen
-
-    def _read(self, lm, prompt_ids, ids, mask):
-        """Logits for, and features before, every token of ids (R, L): (R, L, V), (R, L, H); the cache; what it saw.
-        Each distinct prompt is read once, up to its last token, and its cache shared by its rows."""
-        first, which = _distinct(prompt_ids)
-        prompts, seen = (x.to(lm.device) for x in _pad([prompt_ids[b][:-1] for b in first], "left"))       # (U, P)
-        if cache := self._forward(lm, prompts, seen, keep=1)[2] if prompts.numel() else None:
-            cache.batch_select_indices(torch.tensor(which, device=lm.device))      # our own: to be extended at will
-        last = torch.tensor([prompt[-1:] for prompt in prompt_ids], device=lm.device)
-        ids, mask = torch.cat([last, ids[:, :-1]], 1), torch.cat([torch.ones_like(last).bool(), mask[:, :-1]], 1)
-        return self._forward(lm, ids, mask, cache, seen[which])
-
-    def _tokens(self, prompt_ids, written, tries=None, critic=False):
-        """log π, entropy and, if asked for, V of every token of R sequences: (R, L), 0 where masked.
-        Only distinct rows that the memory does not hold are read, so many at once that their logits fill 2²⁶ bytes."""
-        rows = list(zip(prompt_ids, written, map(id, tries) if tries else written))         # a trie stands for its menu
-        (first, which), length, critic = _distinct(rows), max(map(len, written)), critic or self.memory is not None
-        known = {} if self.memory is None else self.memory                  # of V, too: a later call may ask for it
-        new, few = [r for r in first if rows[r] not in known], max(1, 2**24 // self.lm.config.vocab_size // length)
-        for part in [new[k:k + few] for k in range(0, len(new), few)]:
-            prompts, texts = [prompt_ids[r] for r in part], [written[r] for r in part]
-            ids, mask = (x.to(self.lm.device) for x in _pad(texts))
-            logits, features, *_ = self._read(self.lm, prompts, ids, mask)
-            places = tries and [(k, j, w) for k, r in enumerate(part) for j in range(len(written[r]))
-                                for w in tries[r][1][written[r][:j]]]
-            log_pi = menu_logp(logits, tries and _allow(~mask, places, logits.shape[-1]))                 # (R, L, V)
-            columns = [log_pi.gather(-1, ids[..., None]).squeeze(-1), _entropy(log_pi)]
-            if critic:
-                features = self._read(self.critic_lm, prompts, ids, mask)[1] if self.critic_lm else features.detach()
-                columns.append(self.head(features.float()).squeeze(-1))
-            known.update(zip([rows[r] for r in part], torch.where(mask[..., None], torch.stack(columns, -1), 0)))
-        return pad_sequence([known[rows[r]] for r in first], True)[which, :length].unbind(-1)
-
-    def values(self, prompts):
-        """V(o), before any token is written: B strings → (B,)."""
-        return self._tokens(self._tokenize(prompts)[0], [(0,)] * len(prompts), critic=True)[2][:, 0]
-
-    def score(self, prompts, menus, policy="glam"):
-        """Exercise 13 (4 points). Σ_j log p(wʲ|o, w<ʲ), no eos, unrestricted, of every menu entry: list of (A_i,).
-        "twosome" divides it by the number of words: ½ log ⅛ if p = ½, ¼ for "eat it". "token" sums log π, restricted to
-        the menu and with eos. The softmax over a menu is π(a|o). With gradient; `_tokens` reads a prompt only once."""
-        (prompt_ids, tries), raw = self._tokenize(prompts, menus, policy), policy in RESTRICTED
-        rows = [(p, entry[:-1] if raw else entry, trie) for p, trie in zip(prompt_ids, tries) for entry in trie[0]]
-        prompt_ids, written, owners = zip(*rows)
-        scores = self._tokens(prompt_ids, written, None if raw else owners)[0].sum(1)
-        words = [len(text.split()) if policy == "twosome" else 1 for menu in menus for text in menu]
-        return list((scores / scores.new_tensor(words)).split([len(menu) for menu in menus]))
-
-    def _menu_policy(self, prompt_ids, menus, policy):     # log π(a|o) of the entries, (B, A); −inf beyond a menu's end
-        return pad_sequence(self.score(prompt_ids, menus, policy), True, -torch.inf).log_softmax(-1)
-
-    def _write(self, prompt_ids, tries, greedy, generator):
-        """Write token by token, free text or in tries, until eos or the limit: B tuples of ids; log π(a|o) (B, 1)."""
-        writing = torch.ones(len(prompt_ids), 1, dtype=torch.bool, device=self.lm.device)
-        logits, _, cache, seen = self._read(self.lm, prompt_ids, writing.long(), writing)       # that token is not read
-        written, logp = [() for _ in prompt_ids], torch.zeros(writing.shape, device=self.lm.device)
-        while True:
-            places = tries and [(b, w) for b, row in enumerate(written) for w in tries[b][1].get(row, ())]
-            log_pi = menu_logp(logits[:, -1], tries and _allow(~writing[:, 0], places, logits.shape[-1]))   # (B, V)
-            token = _sample(log_pi, greedy, generator)
-            logp += torch.where(writing, log_pi.gather(1, token), 0)
-            written = [row + (w,) if go else row for row, w, go in zip(written, token[:, 0].tolist(), writing[:, 0])]
-            writing = writing & (token != self.tokenizer.eos_token_id)
-            if not writing.any() or (not tries and max(map(len, written)) == self.max_new_tokens):
-                return written, logp
-            logits, _, cache, seen = self._forward(self.lm, token, writing, cache, seen, keep=1)
-
-    @torch.no_grad()
-    def act(self, prompts, menus=None, policy="token", greedy=False, generator=None):
-        """Write an action for each of B prompts (strings), given B menus (lists of strings) or None. → Actions
-        "token": π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's trie and renormalised; without menus,
-        free text up to max_new_tokens. "action": the same, kept as one log π(a|o). "glam", "twosome": see `score`."""
-        prompt_ids, tries = self._tokenize(prompts, menus, policy)
-        if policy not in RESTRICTED and (not menus or greedy or max(map(len, menus)) > 32):    # > 32: long to read
-            keys = list(zip(prompt_ids, map(id, tries) if tries else prompt_ids))
-            first, which = _distinct(keys) if greedy else [range(len(keys))] * 2    # greedy: one text per prompt
-            written, logp = self._write([prompt_ids[b] for b in first], tries and [tries[b] for b in first],
-                                        greedy, generator)
-            written, logp = [written[u] for u in which], logp[list(which)]
-        else:
-            log_pi = self._menu_policy(prompt_ids, menus, policy)
-            pick = _sample(log_pi, greedy, generator)
-            written, logp = [trie[0][a] for trie, a in zip(tries, pick)], log_pi.gather(1, pick)
-        text = [menu[trie[0].index(row)] for menu, trie, row in zip(menus, tries, written)] if menus else \
-            [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in written]
-        ids, mask = (x.to(self.lm.device) for x in _pad(written))
-        actions = Actions(text, prompt_ids, ids, mask, None, None, None)
-        actions.logp, actions.entropy, actions.values = self.evaluate(actions, menus, policy)
-        assert torch.allclose(actions.logp.sum(1, True), logp, atol=1 if self.bf16 else 1e-2), "stored ≠ sampled"
-        return actions
-
-    def evaluate(self, actions, menus=None, policy="token"):
-        """Log-probabilities, entropies and values of written actions under the present weights, with gradient.
-        Each distinct (prompt, menu, action) is computed once, with logits for action positions only.
-        Returns: (logp, entropy, values): (B, L), zero where masked; all policies but "token": (B, 1), whole actions."""
-        prompt_ids, tries = self._tokenize(actions.prompt_ids, menus, policy)
-        written = [tuple(row[m.bool()].tolist()) for row, m in zip(actions.ids, actions.mask)]
-        _check(all(row in trie[0] for row, trie in zip(written, tries or ())), "an action is no entry of its menu")
-        if policy in RESTRICTED:
-            log_pi = self._menu_policy(prompt_ids, menus, policy)
-            pick = torch.tensor([[trie[0].index(row)] for trie, row in zip(tries, written)], device=log_pi.device)
-            return log_pi.gather(1, pick), _entropy(log_pi)[:, None], self.values(prompt_ids)[:, None]
-        columns = self._tokens(prompt_ids, written, tries, critic=True)
-        columns = tuple(F.pad(x, (0, actions.ids.shape[1] - x.shape[1])) for x in columns)                # (B, L) each
-        return columns if policy == "token" else (columns[0].sum(1, True), columns[1].sum(1, True), columns[2][:, :1])
-
-def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens=32):
-    """A language agent that needs no download: a Llama of 2 layers × 64, one token a word, pre-trained in seconds.
-    It reads observations and random admissible actions: it speaks the language and knows nothing of the dynamics."""
-    obs, pairs = (env := env_fn()).reset(seed=seed)[0], {}
-    for _ in range(3000):
-        pairs[obs, action := env.random_action()] = None
-        obs, _, *over, _ = env.step(action)
-        obs = env.reset()[0] if any(over) else obs
-    core = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.train_from_iterator(sum(pairs, ()), trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "<eos>"]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
-    texts = [tokenizer(f"{obs} {action}").input_ids + [tokenizer.eos_token_id] for obs, action in pairs]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
-                                          num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=1024))
-        optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
-        for _ in trange(pretrain_steps, desc="pre-training the tiny LM", leave=False):
-            ids, mask = _pad([texts[i] for i in torch.randint(len(texts), (16,))])
-            optimizer.zero_grad()
-            lm(input_ids=ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100)).loss.backward()
-            optimizer.step()
-        return LanguageAgent(lm, tokenizer, critic, max_new_tokens)
-
-# ---------------------------------------------------------------- training
-METHODS = {  # policy: who samples, and what gets one credit; γ_w, λ_w (a name: as that field); step size; colour
-    "glam":    dict(policy="glam",    gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:purple"),
-    "twosome": dict(policy="twosome", gamma_token=1.0,     lam_token=1.0,   lr=3e-3, color="tab:green"),
-    "action":  dict(policy="action",  gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:orange"),
-    "ntpo":    dict(policy="token",   gamma_token="gamma", lam_token="lam", lr=3e-4, color="tab:red"),
-    "poad":    dict(policy="token",   gamma_token=1.0,     lam_token=1.0,   lr=3e-4, color="tab:blue")}
-PRESETS = {"lunch": dict(updates=10, n_steps=16), "orders": dict(updates=20, lr=1e-3),  # where an environment needs it
-           "scikit": dict(updates=12, n_envs=32, n_steps=8, lr=1e-3, entropy_coef=0.001, kl_stop=None)}
-REAL = dict(epochs=4, minibatches=1, micro_batch=64)      # a real model: few passes, which read what repeats once,
-                                                          # lr / 30, for its last layers lr / 6 (see main)
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob of a run. None: the method's own, from METHODS, filled in once (so make a new Config per method)."""
-    method: str = "poad"          # a row of METHODS
-    updates: int = 24             # rollouts, each followed by one PPO update
-    seed: int = 0                 # of environments, sampling and minibatches
-    n_envs: int = 16              # environments side by side
-    n_steps: int = 32             # actions in each of them per update
-    gamma: float = 0.95           # γ between actions
-    lam: float = 0.95             # λ of GAE between actions
-    gamma_token: float = None     # γ_w inside an action
-    lam_token: float = None       # λ_w inside an action
-    lr: float = None              # Adam's step size for the LM
-    critic_lr: float = 1e-3       # Adam's step size for the critic
-    lr_decay: bool = False        # both fall linearly to 0
-    epochs: int = 3               # passes over a rollout
-    minibatches: int = 4          # per pass
-    clip: float = 0.2             # ε of the ratio
-    value_clip: float = None      # ε of the critic's step, in units of V; None: not clipped
-    entropy_coef: float = 0.01    # weight of an action's entropy (nats)
-    kl_stop: float = 0.1          # an action's KL(old, new) (nats) that ends the update; None: never
-    max_grad_norm: float = 0.5    # gradient clipping, LM and critic each for itself
-    micro_batch: int = None       # actions per backward pass, to bound memory; None: the whole minibatch
+    """Every knob of a run; its meaning, and its unit, is what `--help` shows."""
+    method: str = knob("poad", "a row of METHODS")
+    updates: int = knob(24, "rollouts, each followed by one PPO update")
+    seed: int = knob(0, "of environments, sampling and minibatches")
+    n_envs: int = knob(16, "B, environments side by side")
+    n_steps: int = knob(32, "T, actions in each of them per update")
+    gamma: float = knob(0.95, "γ, discount between actions")
+    lam: float = knob(0.95, "λ of GAE between actions")
+    gamma_token: float = knob(None, "γ_w inside an action; if not given 1, for ntpo gamma")
+    lam_token: float = knob(None, "λ_w inside an action; if not given 1, for ntpo lam")
+    lr: float = knob(None, "Adam's step size for the LM; if not given, see `step_size`")
+    critic_lr: float = knob(1e-3, "Adam's step size for the critic")
+    epochs: int = knob(3, "passes over a rollout")
+    minibatches: int = knob(4, "minibatches of a pass: more of them need less memory")
+    clip: float = knob(0.2, "ε of the ratio")
+    entropy_coef: float = knob(0.01, "weight of an action's entropy (nats)")
+    kl_stop: float = knob(0.1, "KL of an action (nats) that ends an update; inf: never")
+    max_grad_norm: float = knob(0.5, "gradient clipping, LM and critic each for itself")
 
     def __post_init__(self):
-        _check(self.method in METHODS, f"unknown method {self.method!r}, expected one of {', '.join(METHODS)}")
-        for name in [name for name in ("gamma_token", "lam_token", "lr") if getattr(self, name) is None]:
-            x = METHODS[self.method][name]
-            object.__setattr__(self, name, getattr(self, x) if isinstance(x, str) else x)
-        _check_unit(**{name: getattr(self, name) for name in ("gamma", "lam", "gamma_token", "lam_token")})
-        counts = self.updates, self.n_envs, self.n_steps, self.epochs, self.minibatches, self.micro_batch or 1
-        _check(all(isinstance(x, int) and x >= 1 for x in counts), "a count is not a whole number from 1 on")
-        for name in ("lr", "critic_lr", "entropy_coef", "clip", "max_grad_norm", "kl_stop"):
-            _check((getattr(self, name) or 0) >= 0, f"{name} is {getattr(self, name)}, expected a number ≥ 0")
+        require(self.method in METHODS, f"{self.method!r} is no method of {list(METHODS)}")
+        for name in ("updates", "n_envs", "n_steps", "epochs", "minibatches"):
+            x = getattr(self, name)
+            require(isinstance(x, int) and x >= 1, f"{name} is {x}, not a whole number ≥ 1")
+        for name in ("gamma", "lam", "gamma_token", "lam_token"):
+            x = getattr(self, name)
+            fits = x is None or 0 <= x <= 1
+            require(fits, f"{name} is {x}, but a discount or decay lies in [0, 1]")
 
-def _step(agent, players, policy, greedy=False, generator=None):      # of all players → actions, menus, outcome (3, B)
-    menus = [player.info["menu"] for player in players] if "menu" in players[0].info else None
-    actions = agent.act([player.obs for player in players], menus, policy, greedy, generator)
-    outcome = zip(*(player.step(text) for player, text in zip(players, actions.text)))
-    return actions, menus, torch.tensor([*outcome], dtype=torch.float, device=actions.ids.device)
 
-@torch.no_grad()
-def collect(agent, players, config, generator, episodes):
-    """Play T actions with each of B players; (return, success) of every finished episode goes to `episodes`.
-    Returns: actions and menus (or None) in rows b · T + t; rewards, done (B, T); last_values (B,)."""
-    steps, policy, agent = [], METHODS[config.method]["policy"], agent.remembering()
-    for _ in range(config.n_steps):
-        actions, menus, (rewards, terminated, truncated) = _step(agent, players, policy, generator=generator)
-        if cut := [b for b, player in enumerate(players) if truncated[b] and not terminated[b]]:
-            rewards[cut] += config.gamma * agent.values([players[b].obs for b in cut])    # not over: what was to come
-        steps.append((actions, menus, rewards, terminated.maximum(truncated)))
-        for player in [player for player in players if player.over]:
-            episodes.append((player.total, float(player.info["success"])))
-            player.begin()
-    actions, menus, rewards, done = zip(*steps)
-    columns = [[x[b] for b in range(len(players)) for x in xs] for xs in zip(*(vars(a).values() for a in actions))]
-    actions = Actions(*(pad_sequence(x, True) if torch.is_tensor(x[0]) else x for x in columns))
-    menus = [menu[b] for b in range(len(players)) for menu in menus] if menus[0] else None
-    return actions, menus, torch.stack(rewards, 1), torch.stack(done, 1), agent.values([p.obs for p in players])
+def inside(config):
+    """γ_w and λ_w: as given, else 1 and 1; for ntpo (every token is a step) γ and λ."""
+    gamma_token = 1.0
+    lam_token = 1.0
+    if config.method == "ntpo":
+        gamma_token = config.gamma
+        lam_token = config.lam
+    if config.gamma_token is not None:
+        gamma_token = config.gamma_token
+    if config.lam_token is not None:
+        lam_token = config.lam_token
+    return gamma_token, lam_token
 
-def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
-    """Play whole episodes. Returns: (return, success) of each; the first as text, one line an action."""
-    _check(episodes >= 1, f"{episodes} episodes to play, expected at least 1")
-    players, story = [Player(env_fn(), 1000 * seed + b) for b in range(episodes)], []
-    agent, generator = agent.remembering(), torch.Generator().manual_seed(seed)
-    while playing := [player for player in players if not player.over]:
-        shown = playing[0].obs
-        actions, _, (rewards, *_) = _step(agent, playing, policy, greedy, generator)
-        if playing[0] is players[0]:
-            story.append(f"{shown}\n  → {actions.text[0]}  ({rewards[0]:g})")
-    return [(player.total, bool(player.info["success"])) for player in players], "\n".join(story)
+
+def step_size(config, lm):
+    """Adam's step size for the LM: as given, else the method's; a sixth of it for a real LM.
+
+    Real: more than 10⁷ weights. The sixth was found with SmolLM2-135M's last four layers.
+    """
+    if config.lr is not None:
+        return config.lr
+    if lm.num_parameters() > 1e7:
+        return METHODS[config.method]["lr"] / 6
+    return METHODS[config.method]["lr"]
+
 
 def assign(config, mask, values, rewards, done, last_values):
-    """Exercise 14 (3 points). Advantages, returns (B · T, L): a player's T actions are one stream (B, T · L) for `gae`.
-    Row b · T + t ends at its last written slot: reward and `done` (B, T) belong there. config: γ, γ_w, λ, λ_w."""
-    end = mask & (mask.cumsum(1) == mask.sum(1, True))                                     # the last written slot
-    discounts = bad_discounts(end, done.view(-1, 1).expand(mask.shape), config.gamma, config.gamma_token)
-    lambdas = torch.where(end, config.lam, config.lam_token)
-    stream = [x.reshape(len(rewards), -1) for x in (rewards.view(-1, 1) * end, values, discounts, lambdas, mask)]
-    return [x.view(mask.shape) for x in gae(*stream, last_values)]
+    """Credit for a rollout: advantages and returns of every slot, (B·T, L) each.
+
+    at the last written slot of action t:   r_n = r_t,  γ_n = γ (0 if done),  λ_n = λ
+    at its other slots:                     r_n = 0,    γ_n = γ_w,            λ_n = λ_w
+
+    Then the T actions of an environment, one after the other, are one row (T·L slots) for
+    `gae`. mask, values: (B·T, L), environment b's action t in row b·T + t; rewards, done:
+    (B, T) or (B·T,); last_values: (B,), v after each environment's last action.
+    """
+    gamma_token, lam_token = inside(config)
+    end = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))              # (B·T, L)
+    reward = end * rewards.reshape(-1, 1)
+    over = end & done.reshape(-1, 1).bool()
+    discounts = bad_discounts(end, over, config.gamma, gamma_token)
+    lambdas = torch.where(end, config.lam, lam_token)
+    slots = (reward, values, discounts, lambdas, mask)
+    rows = [x.reshape(len(last_values), -1) for x in slots]                 # (B, T·L) each
+    advantages, returns = gae(*rows, last_values)
+    return advantages.view(mask.shape), returns.view(mask.shape)
+
+
+def column(actions, name):
+    """One field of many written actions, padded to one tensor: (B, L)."""
+    return pad_sequence([getattr(action, name) for action in actions], batch_first=True)
+
+
+def written(actions):
+    """The mask of a column, (B, L): True on slots of the actions, False on padding."""
+    return pad_sequence([torch.ones_like(a.choice) for a in actions], batch_first=True)
+
+
+def fill(actions, **columns):
+    """Write columns (B, L), without their padding, into the fields of B written actions."""
+    for name, rows in columns.items():
+        for action, row in zip(actions, rows):
+            setattr(action, name, row[:len(action.choice)])
+
+
+def credit(actions, last_values, config):
+    """Write advantages, normalised over choices, and returns into the actions of a rollout.
+
+    A forced token (the menu leaves one possibility) is no choice. It has a value and takes
+    part in GAE, but log π = 0 whatever the weights, so its advantage moves nothing.
+    """
+    rewards = last_values.new_tensor([action.reward for action in actions])
+    done = last_values.new_tensor([action.done for action in actions])
+    values = column(actions, "values")
+    choice = column(actions, "choice")
+    advantages, returns = assign(
+        config, written(actions), values, rewards, done, last_values)
+    if choice.any():
+        advantages = normalize(advantages, choice)
+    fill(actions, advantages=advantages, returns=returns)
+
+
+def minibatch_loss(agent, batch, config):
+    """What one minibatch of written actions asks of the weights. → loss, diagnostics
+
+    loss = Σ_choices PPO loss − entropy_coef · Σ_choices entropy  (both a mean over actions)
+           + the critic's loss (a mean over slots)
+
+    The unit of policy loss, entropy and KL is the action, whatever its length: the mean
+    over choices times the choices per action.
+    """
+    policy = METHODS[config.method]["policy"]
+    menus = [action.menu for action in batch]
+    logp, entropy, values = agent.evaluate(batch, menus, policy)            # (B, L)
+    mask = written(batch)
+    choice = column(batch, "choice")
+    if not choice.any():
+        choice = mask                               # only the critic has something to learn
+    policy_loss, info = ppo_policy_loss(
+        logp, column(batch, "logp"), column(batch, "advantages"), choice, config.clip)
+    critic_loss = value_loss(
+        values, column(batch, "values"), column(batch, "returns"), mask)
+    choices_per_action = choice.sum() / len(batch)
+    entropy = entropy.sum(1).mean()
+    loss = choices_per_action * policy_loss - config.entropy_coef * entropy + critic_loss
+    info["kl"] = choices_per_action * info["kl"]
+    info |= {"entropy": entropy, "value_loss": critic_loss}
+    return loss, {name: x.item() for name, x in info.items()}
+
 
 def ppo_update(agent, optimizer, rollout, config, generator):
-    """One PPO update on what `collect` returned; returns diagnostics, averaged over the minibatches used.
-    The unit of policy loss, entropy and KL is the action: a mean over tokens times the tokens per action is a sum over
-    its tokens, averaged over actions. The critic has a mean over tokens. Forced tokens (entropy 0) have no gradient:
-    they count in the stream of credit and for the critic, and not in the advantages' μ and σ or any other mean."""
-    (actions, menus, *outcome), policy, stats = rollout, METHODS[config.method]["policy"], []
-    old_logp, old_values, choice = actions.logp, actions.values, actions.entropy > 0
-    mask = actions.mask[:, :old_logp.shape[1]]                                     # of tokens, or one slot an action
-    advantages, returns = assign(config, mask, old_values, *outcome)
-    advantages = normalize(advantages, choice if choice.any() else mask)
-    for i in [j for _ in range(config.epochs)
-              for j in torch.randperm(len(mask), generator=generator).chunk(config.minibatches) if choice[j].any()]:
-        optimizer.zero_grad()
-        sums, i = 0, torch.tensor(sorted(i.tolist(), key=actions.prompt_ids.__getitem__))  # a prompt's actions together
-        for k in i.split(config.micro_batch or len(i)):                                    # their gradients add up
-            logp, entropy, values = agent.evaluate(actions.rows(k), menus and [menus[row] for row in k], policy)
-            assert stats or torch.allclose(logp, old_logp[k], atol=1 if agent.bf16 else 1e-3), "trained ≠ sampled"
-            per_action = choice[k].sum() / len(i)                # times a mean over choices: their sum, per action of i
-            share = mask[k].sum() / mask[i].sum()                # of these tokens in the critic's mean over i
-            chosen = choice[k] if per_action else mask[k]        # no choice at all: only the critic learns
-            policy_loss, info = ppo_policy_loss(logp, old_logp[k], advantages[k], chosen, config.clip)
-            critic_loss = share * value_loss(values, old_values[k], returns[k], mask[k], config.value_clip)
-            entropy = per_action * masked_mean(entropy, chosen)
-            (per_action * policy_loss - config.entropy_coef * entropy + critic_loss).backward()
-            clipped = choice[k].sum() / choice[i].sum() * info["clip_fraction"]
-            sums += torch.stack([per_action * info["kl"], clipped, entropy, critic_loss]).detach()
-        if config.kl_stop is not None and sums[0] > config.kl_stop:
-            break
-        stats.append(sums.tolist())
-        for group in optimizer.param_groups:
-            nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
-        optimizer.step()
-    unexplained = (returns - old_values)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-12)
-    means = dict(zip(("kl", "clip_fraction", "entropy", "value_loss"), map(mean, zip(*stats)) if stats else [None] * 4))
-    return means | dict(minibatches=len(stats), tokens=mask.sum().item(), explained_variance=1 - unexplained.item())
+    """One PPO update on what `collect` returned; returns diagnostics.
 
-def _weights(folder, state):                                    # the file that belongs to a state: one name per update
-    return folder / f"update-{len(state['metrics'])}.safetensors"
+    "kl" is the last minibatch's, for that tells how far the update has moved the policy. A
+    minibatch that crosses `kl_stop` counts, and takes no step.
+    """
+    actions, last_values = rollout
+    credit(actions, last_values, config)
+    seen = []
+    for _ in range(config.epochs):
+        order = torch.randperm(len(actions), generator=generator)
+        for indices in order.chunk(config.minibatches):
+            loss, info = minibatch_loss(agent, [actions[i] for i in indices], config)
+            assert seen or info["kl"] < 1e-5, "the policy that is trained did not sample"
+            seen.append(info)
+            if info["kl"] > config.kl_stop:
+                return diagnostics(actions, seen)
+            optimizer.zero_grad()
+            loss.backward()
+            for group in optimizer.param_groups:
+                nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+            optimizer.step()
+    return diagnostics(actions, seen)
 
-def save(folder, agent, **state):
-    """Write a checkpoint: weights as safetensors, the rest as plain data. A complete one replaces the one before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new, old = _weights(folder, state), set(folder.glob("update-*.safetensors"))
-    save_model(agent, str(new))
-    torch.save(state, folder / "state.part")
-    (folder / "state.part").replace(folder / "state.pt")                             # from here on the new one counts
-    for path in old - {new}:
-        path.unlink()
 
-def load(folder, agent):
-    """Read a folder's checkpoint: weights into the agent, the rest is returned. ValueError if there is none for it."""
-    try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        load_model(agent, str(_weights(folder, state)))
-        return state
-    except Exception as error:                                        # whatever a loader raises: missing, cut, foreign
-        raise ValueError(f"{folder} holds no checkpoint for this agent ({_one_line(error, 90)})") from None
+def diagnostics(actions, seen):
+    """Of an update: means over its minibatches, but of "kl" the last; and what it cost."""
+    means = {name: mean(info[name] for info in seen) for name in seen[0]}
+    tokens = sum(len(action.ids) for action in actions)
+    return means | {"kl": seen[-1]["kl"], "minibatches": len(seen), "tokens": tokens}
 
-def train(agent, env_fn, config, folder=None, resume=False):
-    """Train the agent in place, on environments that env_fn() makes. The same seed gives the same run.
-    folder: for a checkpoint after every update; resume: go on from the one there, as if never interrupted.
-    Yields one dict per update: update, env_steps, episodes; return_mean (undiscounted) and success_rate over the last
-    100 episodes, None before one has ended; seconds; and what `ppo_update` returns."""
-    folder, begin, generator = folder and Path(folder), time.perf_counter(), torch.Generator().manual_seed(config.seed)
-    _check(folder or not resume, "to resume, give the folder that holds the checkpoint")
-    _check(resume or not folder or not (folder / "state.pt").exists(), f"{folder} holds a checkpoint: resume it")
-    players, episodes, history = [Player(env_fn(), 1000 * config.seed + b) for b in range(config.n_envs)], [], []
-    learn = [(name.startswith("lm."), x) for name, x in agent.named_parameters() if x.requires_grad]
-    optimizer = torch.optim.Adam([dict(params=[x for in_lm, x in learn if in_lm is lm]) for lm in (True, False)])
-    if resume:
-        state = load(folder, agent)
-        free = {} if config.lr_decay else {"updates": config.updates}      # with lr_decay their number sets the steps
-        other = dict((state["config"] | free).items() - asdict(config).items())
-        _check(not other, f"{folder} holds a run of another configuration: {other}")
-        episodes, history, begin = state["episodes"], state["metrics"], begin - state["metrics"][-1]["seconds"]
-        _check(len(history) <= config.updates, f"{folder} holds {len(history)} updates already")
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        for player, snapshot in zip(players, state["players"]):
-            player.restore(snapshot)
-        yield from history
-    for update in range(len(history), config.updates):
-        for group, lr in zip(optimizer.param_groups, (config.lr, config.critic_lr)):
-            group["lr"] = lr * (1 - update / config.updates if config.lr_decay else 1)
-        stats = ppo_update(agent, optimizer, collect(agent, players, config, generator, episodes), config, generator)
-        return_mean, success_rate = torch.tensor(episodes[-100:]).mean(0).tolist() if episodes else (None, None)
-        history.append(dict(update=update + 1, env_steps=(update + 1) * config.n_envs * config.n_steps,
-                            episodes=len(episodes), return_mean=return_mean, success_rate=success_rate,
-                            seconds=time.perf_counter() - begin, **stats))
-        if folder:
-            save(folder, agent, config=asdict(config), metrics=history, episodes=episodes,
-                 players=[player.snapshot() for player in players],
-                 generator=generator.get_state(), optimizer=optimizer.state_dict())
-        yield history[-1]
 
-# ---------------------------------------------------------------- command line
-def load_agent(model, env_fn, seed=0, device="cpu", train_layers=None):
-    """The tiny agent ("tiny"), or a causal LM from the hub, a local folder or a .gguf file; else ValueError.
-    train_layers: only that many of its last layers learn. On a GPU a real model computes in bfloat16, else float32."""
+# ------------------------------------------------- language agent
+
+RESTRICTED = ("glam", "twosome")                    # policies that score a menu's entries
+POLICIES = ("token", "action", *RESTRICTED)
+
+
+@dataclass
+class Action:
+    """One written action; a slot is a token, or for all policies but "token" the action."""
+    prompt: str
+    menu: tuple                 # the admissible texts, or None: free text
+    text: str                   # for the environment
+    ids: tuple                  # its L tokens, eos included
+    choice: torch.Tensor        # (slots,) True where two or more possibilities were open
+    logp: torch.Tensor = None               # (slots,) under the distribution that sampled
+    entropy: torch.Tensor = None            # (slots,) of that distribution
+    values: torch.Tensor = None             # (slots,) v before the slot
+    reward: float = 0.0
+    done: bool = False                      # the episode ended with this action
+    advantages: torch.Tensor = None         # (slots,) see `credit`
+    returns: torch.Tensor = None            # (slots,)
+
+
+@dataclass(frozen=True, eq=False)
+class Menu:
+    """A menu as token sequences, eos included, and as their trie."""
+    texts: tuple                # A strings
+    entries: list               # A tuples of token ids
+    trie: dict                  # prefix → the tokens with which some entry goes on
+
+
+@lru_cache(maxsize=10_000)
+def encode_menu(tokenizer, texts):
+    """The Menu of a tuple of strings; ValueError if it is empty or says something twice."""
+    require(texts, "the menu is empty: at least one action is expected")
+    entries = []
+    trie = {}
+    for text in texts:
+        ids = tokenizer(" " + text, add_special_tokens=False).input_ids
+        entry = (*ids, tokenizer.eos_token_id)
+        require(ids and entry not in entries, f"{text!r} is empty or twice in {texts}")
+        entries.append(entry)
+        for j, token in enumerate(entry):
+            trie.setdefault(entry[:j], {})[token] = True
+    return Menu(texts, entries, trie)
+
+
+def choices(menu, action):
+    """Whether two or more tokens may come next, before each token of an action."""
+    if menu is None:
+        return [True] * len(action)
+    return [len(menu.trie[action[:j]]) > 1 for j in range(len(action))]
+
+
+def menu_logp(logits, allowed):
+    """Next-token log-probabilities, restricted to what a menu allows and renormalised.
+
+    log π(w) = logit_w − log Σ_{w' allowed} exp(logit_w')   for allowed w, else −inf
+
+    logits: (..., V); allowed: masks (..., V), or None: all. → (..., V), float32
+    >>> menu_logp(torch.tensor([0.0, 0.0, 5.0]), torch.tensor([True, True, False])).exp()
+    tensor([0.5000, 0.5000, 0.0000])
+    """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed.bool(), -torch.inf)
+    return logits.float().log_softmax(-1)
+
+
+def entropy_of(log_pi):
+    """−Σ π log π over the last axis, where −inf marks what cannot be sampled."""
+    return -(log_pi.exp() * log_pi.masked_fill(log_pi.isneginf(), 0)).sum(-1)
+
+
+def pad(rows):
+    """R tuples of token ids → one tensor (R, L), and the mask of what is no padding."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = [torch.ones_like(row) for row in rows]
+    return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
+
+
+class LanguageAgent(nn.Module):
+    """A transformers causal LM, with its tokenizer, that writes actions, and their critic.
+
+    The critic is v(o, w<ʲ) before each token: "head", an MLP that reads the LM's features
+    and does not train them, or "copy", an MLP on its own copy of the LM, which it trains.
+    """
+
+    def __init__(self, lm, tokenizer, critic="head", max_new_tokens=32):
+        super().__init__()
+        require(critic in ("head", "copy"), f"critic is {critic!r}, not 'head' or 'copy'")
+        require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, not ≥ 1")
+        self.eos = tokenizer.eos_token_id
+        require(self.eos is not None, "the tokenizer has no eos token to end an action")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.padding_side = "left"             # of prompts only
+        self.lm = lm
+        self.tokenizer = tokenizer
+        lm.generation_config = GenerationConfig(            # no habits of a checkpoint
+            do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+            max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos)
+        head = nn.Sequential(
+            nn.Linear(lm.config.hidden_size, 128), nn.Tanh(), nn.Linear(128, 1))
+        for weights in head[-1].parameters():
+            nn.init.zeros_(weights)         # v = 0: before any reward there is no advantage
+        self.critic = nn.ModuleDict({"head": head.to(lm.device)})
+        if critic == "copy":
+            self.critic["lm"] = copy.deepcopy(lm)
+        self.eval()
+
+    def train(self, mode=True):
+        """No dropout: the policy that is trained is the one that sampled."""
+        return super().train(False)
+
+    def _tokenize(self, prompts):
+        """Ids and mask of prompts, (B, P) each."""
+        out = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.lm.device)
+        return out.input_ids, out.attention_mask
+
+    def _forward(self, lm, prompts, begun):
+        """Logits (R, L+1, V), features (R, L+1, H) after each prompt and each token begun.
+
+        Each distinct prompt is read once, but for its last token, and its cache is copied
+        to its rows. It is padded on the left, so positions count what is no padding.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        owner = torch.tensor([distinct.index(x) for x in prompts], device=lm.device)
+        ids, mask = self._tokenize(distinct)                                # (U, P)
+        cache = DynamicCache(config=lm.config)
+        renamed = "cache" in signature(lm.forward).parameters       # by transformers 5.24
+        read = partial(lm, **{"cache" if renamed else "past_key_values": cache})
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        if ids.shape[1] > 1:
+            read(input_ids=ids[:, :-1], attention_mask=mask[:, :-1],
+                 position_ids=positions[:, :-1], logits_to_keep=1)
+            cache.batch_select_indices(owner)
+        more, real_ids = (x.to(lm.device) for x in pad(begun))              # (R, L)
+        ids = torch.cat([ids[owner, -1:], more], 1)                         # (R, L + 1)
+        mask = torch.cat([mask[owner], real_ids], 1)                        # (R, P + L)
+        positions = (mask.cumsum(1) - 1)[:, -ids.shape[1]:]
+        out = read(input_ids=ids, attention_mask=mask, position_ids=positions,
+                   output_hidden_states=True)
+        return out.logits, out.hidden_states[-1]
+
+    def _read(self, prompts, begun):
+        """Logits (R, L+1, V) and v (R, L+1) after each prompt and each token begun."""
+        logits, features = self._forward(self.lm, prompts, begun)
+        features = features.detach()
+        if "lm" in self.critic:
+            _, features = self._forward(self.critic["lm"], prompts, begun)
+        return logits, self.critic["head"](features.float()).squeeze(-1)
+
+    def values(self, prompts):
+        """v(o), before any token is written: B strings → (B,)."""
+        _, values = self._read(prompts, [()] * len(prompts))
+        return values[:, 0]
+
+    def columns(self, rows, memory):
+        """log π, entropy and v before every token of written actions: (L, 3) tensors.
+
+        rows: (prompt, Menu or None, token ids), in the menu's trie if there is one. What
+        the dictionary `memory` holds is not read again, so it may live as long as the
+        weights stand still: one call while training, a whole rollout while playing.
+        """
+        new = [row for row in dict.fromkeys(rows) if row not in memory]
+        if new:
+            memory.update(zip(new, self._compute(*zip(*new))))
+        return [memory[row] for row in rows]
+
+    def _compute(self, prompts, menus, actions):
+        """`columns` of distinct rows that no memory holds."""
+        logits, values = self._read(prompts, [action[:-1] for action in actions])
+        ids, mask = (x.to(logits.device) for x in pad(actions))             # (R, L)
+        allowed = None
+        if menus[0] is not None:
+            places = []
+            for r, action in enumerate(actions):
+                for j in range(len(action)):
+                    places += [(r, j, token) for token in menus[r].trie[action[:j]]]
+            allowed = (mask == 0)[..., None].repeat(1, 1, logits.shape[-1])
+            allowed[tuple(torch.tensor(places).T)] = True
+        log_pi = menu_logp(logits, allowed)                                 # (R, L, V)
+        logp = log_pi.gather(-1, ids[..., None]).squeeze(-1)
+        table = torch.stack([logp, entropy_of(log_pi), values], -1)         # (R, L, 3)
+        return [row[:len(action)] for row, action in zip(table, actions)]
+
+    def score(self, prompts, menus, policy="glam", memory=None):
+        """How likely the LM finds each entry of a menu: B tensors (A,), with gradient.
+
+        "glam": Σ_j log p(wʲ|o, w<ʲ)      "twosome": that divided by the number of words
+
+        p is over the whole vocabulary, without eos. "eat it" with p = ½, ¼: log ⅛, ½ log ⅛.
+        For other policies it is Σ_j log π, restricted to the menu and with eos.
+        prompts: B strings; menus: B lists of A strings; memory: see `columns`.
+        """
+        menus = self._encode(prompts, menus, policy)
+        rows = []
+        words = []
+        for prompt, menu in zip(prompts, menus):
+            if policy in RESTRICTED:
+                rows += [(prompt, None, entry[:-1]) for entry in menu.entries]
+            else:
+                rows += [(prompt, menu, entry) for entry in menu.entries]
+            words += [len(text.split()) for text in menu.texts]
+        if memory is None:
+            memory = {}
+        columns = pad_sequence(self.columns(rows, memory), batch_first=True)
+        scores = columns[..., 0].sum(1)                                     # of all entries
+        if policy == "twosome":
+            scores = scores / scores.new_tensor(words)
+        return list(scores.split([len(menu.texts) for menu in menus]))
+
+    def _encode(self, prompts, menus, policy):
+        """B Menus, or B times None (free text); ValueError for what cannot be acted on."""
+        require(policy in POLICIES, f"policy is {policy!r}, expected one of {POLICIES}")
+        require(not isinstance(prompts, str) and prompts and all(prompts),
+                "expected a list of prompts, none of them empty")
+        if menus is None or menus[0] is None:
+            require(policy not in RESTRICTED, f"{policy} needs a menu (restricted actions)")
+            return [None] * len(prompts)
+        require(len(menus) == len(prompts) and None not in menus,
+                f"{len(prompts)} prompts need as many menus, or none at all")
+        return [encode_menu(self.tokenizer, tuple(menu)) for menu in menus]
+
+    def _menu_policy(self, prompts, menus, policy, memory):
+        """log π(a|o), the softmax over a menu's scores: (B, A), −inf beyond its end."""
+        scores = self.score(prompts, menus, policy, memory)
+        return pad_sequence(scores, True, -torch.inf).log_softmax(-1)
+
+    def _write_freely(self, prompts, greedy, generator):
+        """Free text by `generate` of transformers, up to eos or the limit: B tuples."""
+        ids, mask = self._tokenize(prompts)                                 # (B, P)
+        with seeded(torch.randint(2**60, (), generator=generator).item()):
+            out = self.lm.generate(ids, attention_mask=mask, do_sample=not greedy)
+        actions = []
+        for row in out[:, ids.shape[1]:].tolist():
+            if self.eos in row:
+                row = row[:row.index(self.eos) + 1]
+            actions.append(tuple(row))
+        return actions
+
+    @torch.no_grad()
+    def act(self, prompts, menus=None, policy="token", greedy=False, generator=None,
+            memory=None):
+        """Write an action for each of B prompts: a list of B records (`Action`).
+
+        With menus (B lists of strings) an entry is drawn from the softmax over its menu's
+        scores. "token": π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's
+        trie and renormalised; "action": the same, as one slot; "glam", "twosome": see `score`.
+        Without menus: free text up to `max_new_tokens`, for "token" and "action".
+        greedy: the likeliest entry (free text: token) instead; memory: see `columns`.
+        """
+        encoded = self._encode(prompts, menus, policy)
+        if memory is None:
+            memory = {}
+        if encoded[0] is None:
+            actions = self._write_freely(prompts, greedy, generator)
+            texts = self.tokenizer.batch_decode(actions, skip_special_tokens=True)
+            texts = [text.strip() for text in texts]
+        else:
+            log_pi = self._menu_policy(prompts, menus, policy, memory).cpu()        # (B, A)
+            pick = log_pi.argmax(-1)
+            if not greedy:
+                pick = log_pi.exp().multinomial(1, generator=generator)[:, 0]
+            actions = [menu.entries[k] for menu, k in zip(encoded, pick)]
+            texts = [menu.texts[k] for menu, k in zip(encoded, pick)]
+        records = []
+        for b, ids in enumerate(actions):
+            choice = torch.tensor(choices(encoded[b], ids), device=self.lm.device)
+            if policy != "token":
+                choice = choice.any(0, keepdim=True)
+            menu = encoded[b] and encoded[b].texts
+            records.append(Action(prompts[b], menu, texts[b], ids, choice))
+        logp, entropy, values = self.evaluate(records, menus, policy, memory)
+        fill(records, logp=logp, entropy=entropy, values=values)
+        return records
+
+    def evaluate(self, actions, menus=None, policy="token", memory=None):
+        """Written actions under the present weights, with gradient: what PPO compares.
+
+        actions: B records of `act`, with its menus and its policy; memory: see `columns`.
+        → logp, entropy, values: (B, L), zero where padded; (B, 1) for all but "token".
+        """
+        prompts = [action.prompt for action in actions]
+        written = [action.ids for action in actions]
+        encoded = self._encode(prompts, menus, policy)
+        if memory is None:
+            memory = {}
+        if policy in RESTRICTED:
+            log_pi = self._menu_policy(prompts, menus, policy, memory)              # (B, A)
+            pick = [menu.entries.index(ids) for menu, ids in zip(encoded, written)]
+            logp = log_pi[range(len(pick)), pick]
+            slots = torch.stack([logp, entropy_of(log_pi), self.values(prompts)], -1)
+            slots = slots[:, None]                                          # (B, 1, 3)
+        else:
+            slots = self.columns(list(zip(prompts, encoded, written)), memory)
+        if policy == "action":
+            slots = [torch.cat([x[:, :2].sum(0), x[0, 2:]])[None] for x in slots]
+        return pad_sequence(list(slots), batch_first=True).unbind(-1)
+
+    def save(self, folder):
+        """Write LM and tokenizer by `save_pretrained`, the critic beside them."""
+        self.lm.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        torch.save(self.critic.state_dict(), Path(folder) / "critic.pt")
+
+
+def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens=32):
+    """A language agent without a download: it has learnt an environment's language only.
+
+    It was trained on observations and random admissible actions, one token a word, and
+    knows nothing of what actions do.
+    """
+    lm, tokenizer = tiny_lm(env_fn, seed, pretrain_steps)
+    with seeded(seed):                                          # the critic's first layer
+        return LanguageAgent(lm, tokenizer, critic, max_new_tokens)
+
+
+def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
+    """The tiny agent ("tiny"), or an agent with a causal LM from elsewhere.
+
+    model: a hub id, a folder (of `save`, with its critic, or of any `save_pretrained`) or a
+    .gguf file, else ValueError; train_layers: only so many last layers learn, 0: all.
+    """
     if model == "tiny":
         agent = tiny_agent(env_fn, seed)
     else:
-        where, gguf = (Path(model).parent, {"gguf_file": Path(model).name}) if model.endswith(".gguf") else (model, {})
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)                                              # the critic's first layer is drawn
-                agent = LanguageAgent(AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **gguf),
-                                      AutoTokenizer.from_pretrained(where, **gguf))
-        except Exception as error:                                   # whatever a loader raises, the user typed a name
-            raise ValueError(f"cannot load the model {model!r}: expected tiny, a hub id, a local folder or a .gguf "
-                             f"file ({_one_line(error, 90)}…)") from error
-        agent.bf16 = device.startswith("cuda")
+        agent = pretrained_agent(model, seed)
     if train_layers:
-        layers = next(x for x in agent.lm.modules() if isinstance(x, nn.ModuleList))       # a model's first list
-        _check(0 < train_layers <= len(layers), f"train_layers is {train_layers}, but {model} has {len(layers)} layers")
+        layers = next(x for x in agent.lm.modules() if isinstance(x, nn.ModuleList))
+        require(0 < train_layers <= len(layers),
+                f"train_layers is {train_layers}, but {model} has {len(layers)} layers")
         agent.lm.requires_grad_(False)
         layers[-train_layers:].requires_grad_(True)
     return agent.to(device)
 
-def demonstrate(agent, env_fn, episodes, method, seed):
-    """Play sampled, then greedy episodes; print success, mean return and one transcript of each."""
-    for greedy in (False, True):
-        played, story = play(agent, env_fn, episodes, METHODS[method]["policy"], greedy, seed)
-        print(f"{story}\n{method}, seed {seed}, {episodes} {'greedy' if greedy else 'sampled'} episodes:",
-              "mean return {:.2f}, success rate {:.2f}\n".format(*map(mean, zip(*played))))
 
-def report(runs, out):
-    """Write the runs to the JSON file `out`, their curves beside it, and print a table: mean ± std over seeds."""
+def pretrained_agent(model, seed):
+    """An agent with any causal LM of transformers, and the critic saved beside it."""
+    folder = Path(model)
+    options = {}
+    if folder.suffix == ".gguf":
+        options["gguf_file"] = folder.name
+        model = folder.parent
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+    except Exception as error:                          # a loader may raise anything
+        raise ValueError(f"cannot load {folder}: expected tiny, a hub id, a folder or "
+                         f"a .gguf file ({str(error)[:90]}…)") from error
+    saved = {}
+    if (folder / "critic.pt").exists():
+        saved = torch.load(folder / "critic.pt", map_location="cpu", weights_only=True)
+    kind = "copy" if "lm.lm_head.weight" in saved else "head"
+    with seeded(seed):                                          # the critic's first layer
+        agent = LanguageAgent(lm, tokenizer, kind)
+    agent.critic.load_state_dict(saved, strict=bool(saved))
+    return agent
+
+
+# ------------------------------------------------- playing and training
+
+
+def step_all(agent, players, policy, greedy, generator, memory):
+    """One action of every player, written and done; a list of records (`Action`)."""
+    prompts = [player.obs for player in players]
+    menus = [player.info.get("menu") for player in players]
+    actions = agent.act(prompts, menus, policy, greedy, generator, memory)
+    for player, action in zip(players, actions):
+        action.reward = player.step(action.text)
+        action.done = player.over
+    return actions
+
+
+@torch.no_grad()
+def collect(agent, players, config, generator, episodes):
+    """A rollout, T actions of each of B players; `episodes` gets (return, success) of ends.
+
+    An episode that the time limit cuts was not over: its last reward gets + γ v(o_next).
+    → B·T records, player b's action t in place b·T + t; v after each player's last (B,).
+    """
+    policy = METHODS[config.method]["policy"]
+    memory = {}                                                 # the weights stand still
+    steps = []
+    for _ in range(config.n_steps):
+        actions = step_all(agent, players, policy, False, generator, memory)
+        steps.append(actions)
+        for player, action in zip(players, actions):
+            if player.cut:
+                action.reward += config.gamma * agent.values([player.obs]).item()
+            if player.over:
+                episodes.append((player.total, float(player.info["success"])))
+                player.begin()
+    rollout = [action for stream in zip(*steps) for action in stream]
+    return rollout, agent.values([player.obs for player in players])
+
+
+def train(agent, env_fn, config):
+    """Train the agent in place, on environments that env_fn() makes. One seed, one run.
+
+    Yields one dict per update: update, env_steps, episodes; return_mean (undiscounted) and
+    success_rate of the last 100 episodes, with standard errors (None before one has ended);
+    seconds; and what `ppo_update` returns.
+    """
+    begin = time.perf_counter()
+    generator = torch.Generator().manual_seed(config.seed)
+    players = [Player(env_fn(), seed_of(config.seed, b)) for b in range(config.n_envs)]
+    optimizer = torch.optim.Adam([
+        dict(params=agent.lm.parameters(), lr=step_size(config, agent.lm)),
+        dict(params=agent.critic.parameters(), lr=config.critic_lr)])
+    episodes = []
+    for update in range(1, config.updates + 1):
+        rollout = collect(agent, players, config, generator, episodes)
+        info = ppo_update(agent, optimizer, rollout, config, generator)
+        steps = update * config.n_envs * config.n_steps
+        seconds = time.perf_counter() - begin
+        yield {"update": update, "env_steps": steps, "seconds": seconds,
+               **summary(episodes[-100:]), "episodes": len(episodes), **info}
+
+
+def summary(outcomes):
+    """Means of (return, success) over episodes, with standard errors; None without any."""
+    result = {"episodes": len(outcomes)}
+    for k, name in enumerate(("return_mean", "success_rate")):
+        xs = [outcome[k] for outcome in outcomes]
+        result[name] = mean(xs) if xs else None
+        result[name + "_error"] = pstdev(xs) / len(xs) ** 0.5 if xs else None
+    return result
+
+
+def seed_of(seed, b, exam=0):
+    """The seed of environment b: even for training, odd for what training never saw."""
+    return 2 * (1000 * seed + b) + exam
+
+
+def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
+    """Play whole episodes, on environments that training never saw.
+
+    → (return, success) of each, and the first one as text, a line an action.
+    """
+    require(episodes >= 1, f"{episodes} episodes to play, expected at least 1")
+    players = [Player(env_fn(), seed_of(seed, b, exam=1)) for b in range(episodes)]
+    generator = torch.Generator().manual_seed(seed)
+    memory = {}
+    story = []
+    playing = players
+    while playing:
+        first, *_ = step_all(agent, playing, policy, greedy, generator, memory)
+        if playing[0] is players[0]:
+            story.append(f"{first.prompt}\n  → {first.text}  ({first.reward:g})")
+        playing = [player for player in playing if not player.over]
+    outcomes = [(player.total, float(player.info["success"])) for player in players]
+    return outcomes, "\n".join(story)
+
+
+# ------------------------------------------------- command line
+
+PRESETS = {  # where an environment needs other numbers than Config's
+    "lunch": dict(updates=10, n_steps=16),
+    "orders": dict(updates=20, lr=1e-3),
+    "scikit": dict(
+        updates=12, n_envs=32, n_steps=8, lr=1e-3, entropy_coef=0.001, kl_stop=torch.inf)}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REAL = dict(epochs=4, minibatches=1)        # a real model: what repeats is read once a pass
+
+
+@dataclass(frozen=True)
+class Options(Config):
+    """What the command line takes besides the knobs of Config."""
+    method: str = knob("", f"some of {','.join(METHODS)}; default: all that can run")
+    env: str = knob("food", f"one of {', '.join(ENVS)}")
+    wording: str = knob("", "of food: long (default) or short")
+    model: str = knob("tiny", "tiny, a hub id, a folder or a .gguf file")
+    train_layers: int = knob(0, "how many of its last layers learn; 0: all")
+    device: str = knob(DEVICE, "cpu or cuda; default: the GPU if there is one")
+    seeds: int = knob(1, "how many runs of each method, from --seed on")
+    out: str = knob("", "JSON file for the numbers; default runs/ENV.json")
+    save: str = knob("", "folder for the trained models and their critics")
+    eval: int = knob(0, "play so many episodes, sampled and greedy; no training")
+
+    def __post_init__(self):
+        if self.method in METHODS:          # else several: each run checks its own
+            super().__post_init__()
+
+
+def parse(argv):
+    """The options: what was typed, else PRESETS and REAL, else the defaults."""
+    parser = transformers.HfArgumentParser(Options)
+    parser.error = lambda message: parser.exit(2, f"poad.py: {message}\n")
+    typed, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS.get(typed.env, {}))
+    if typed.model != "tiny":
+        parser.set_defaults(**REAL)
+    [options] = parser.parse_args_into_dataclasses(argv)
+    return options
+
+
+def prepare(options):
+    """What cannot work fails here, before anything is trained. → env_fn, configs"""
+    wording = {}
+    if options.wording or options.env == "food":
+        wording["wording"] = options.wording or "long"
+    env_fn = partial(make, options.env, **wording)
+    _, info = env_fn().reset(seed=0)
+    able = list(METHODS)
+    if "menu" not in info:
+        able = [name for name in METHODS if name not in RESTRICTED]
+    methods = able
+    if options.method:
+        methods = options.method.split(",")
+    require(set(methods) <= set(able), f"--method {options.method}: {options.env} can be "
+            f"learnt by {', '.join(able)} (glam and twosome need a menu)")
+    require(options.seeds >= 1, f"--seeds is {options.seeds}, expected at least 1")
+    torch.zeros(1, device=options.device)
+    configs = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        configs += [replace(options, method=method, seed=seed) for method in methods]
+    return env_fn, configs
+
+
+def run(agent, env_fn, config, record):
+    """Train with a progress bar, then examine; `record` is filled on the way."""
+    name = f"{config.method:8} seed {config.seed}"
+    bar = tqdm(train(agent, env_fn, config), name, config.updates)
+    for metrics in bar:
+        record["metrics"].append(metrics)
+        if metrics["episodes"] >= 16:               # the first to end are the short ones
+            bar.set_postfix(success=metrics["success_rate"])
+    policy = METHODS[config.method]["policy"]
+    outcomes, _ = play(agent, env_fn, 100, policy, seed=config.seed)
+    record["exam"] = summary(outcomes)
+
+
+def demonstrate(agent, env_fn, config):
+    """Play sampled, then greedy episodes; print a transcript of each, and how all went."""
+    policy = METHODS[config.method]["policy"]
+    for greedy in (False, True):
+        outcomes, story = play(agent, env_fn, config.eval, policy, greedy, config.seed)
+        print(story)
+        print(f"{config.method}, greedy: {greedy}", summary(outcomes))
+
+
+def cell(exams, name):
+    """Mean ± standard error: over seeds if there are several, else over the episodes."""
+    means = [exam[name] for exam in exams]
+    error = exams[0][name + "_error"]
+    if len(exams) > 1:
+        error = stdev(means) / len(means) ** 0.5
+    return f"{mean(means):.2f} ± {error:.2f}"
+
+
+def report(runs, path):
+    """Print a table of the exams, a row a method, and draw the learning curves."""
     import matplotlib.pyplot as plt
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"runs": runs}, indent=1))
-    fig, ax = plt.subplots(layout="constrained", subplot_kw=dict(xlabel="environment steps", ylabel="success rate"))
-    print("method         success  mean return   steps to 90 %   seconds")
-    for method in dict.fromkeys(run["config"]["method"] for run in runs):
-        rows = []
-        for curve in [run["metrics"] for run in runs if run["config"]["method"] == method]:
-            rate = [m["success_rate"] if m["episodes"] > 15 else torch.nan for m in curve]  # the first to end are short
-            ax.plot([m["env_steps"] for m in curve], rate, METHODS[method]["color"], label=None if rows else method)
-            to_90 = [m["env_steps"] for m in curve if m["episodes"] >= 30 and m["success_rate"] >= 0.9] + [torch.inf]
-            rows.append([curve[-1][name] or 0.0 for name in ("success_rate", "return_mean", "seconds")] + to_90[:1])
-        success, total, seconds, to_90 = zip(*rows)
-        print(f"{method:11}{mean(success):6.2f} ± {pstdev(success):.2f}{mean(total):7.2f} ± {pstdev(total):.2f}"
-              f"{median(to_90):>16.0f}{mean(seconds):>10.0f}")
-    ax.legend(title=f"Who learns {runs[0]['config']['env']}?")
-    fig.savefig(out.with_suffix(".png"), dpi=130)
-    print(f"curves: {out.with_suffix('.png')}   numbers: {out}")
+    figure, axes = plt.subplots(layout="constrained")
+    print("method    exam: success     mean return   seconds")
+    for method, row in METHODS.items():
+        group = [run for run in runs if run["config"]["method"] == method]
+        for run in group:
+            curve = [m for m in run["metrics"] if m["episodes"] >= 16]
+            steps = [m["env_steps"] for m in curve]
+            axes.plot(steps, [m["success_rate"] for m in curve], color=row["color"])
+        exams = [run["exam"] for run in group if run["exam"]]
+        if exams:
+            axes.plot([], color=row["color"], label=method)
+            seconds = mean(run["metrics"][-1]["seconds"] for run in group)
+            print(f"{method:9} {cell(exams, 'success_rate'):>13}"
+                  f"{cell(exams, 'return_mean'):>16}{seconds:>10.0f}")
+    figure.legend(loc="outside right upper")
+    axes.set(title=f"Who learns {runs[0]['config']['env']}?", xlabel="environment steps",
+             ylabel="success, last 100 episodes (from the 16th on)")
+    figure.savefig(path, dpi=130)
+
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train a language agent with POAD and its relatives.",
-                                     epilog="And every knob of Config, for all methods: --lr 1e-3 --kl_stop null")
-    parser.error = lambda message: parser.exit(2, f"poad.py: {message}\n")
-    for flag, default, text in (
-            ("env", "food", f"one of {', '.join(ENVS)}"), ("wording", "", "of food: long (default) or short"),
-            ("method", "", f"some of {','.join(METHODS)}; default: all that can run"),
-            ("model", "tiny", "tiny, a hub id, a folder or a .gguf file"), ("device", "cpu", "cpu or cuda"),
-            ("train-layers", 0, "how many of its last layers learn; default: all"), ("seed", 0, "the first"),
-            ("seeds", 1, "how many"), ("out", "", "JSON file; default runs/ENV.json"),
-            ("save", "", "folder for checkpoints"), ("resume", "", "folder to go on from, and save to"),
-            ("eval", 0, "play N episodes, sampled and greedy; no training")):
-        parser.add_argument("--" + flag, type=type(default), default=default, help=text)
-    for knob in vars(Config()).keys() - {"method", "seed"}:
-        parser.add_argument("--" + knob, type=json.loads, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    args, runs = parser.parse_args(argv), []
-    knobs, tiny = {name: x for name, x in vars(args).items() if name in vars(Config())}, args.model == "tiny"
-    wording = {"wording": args.wording or "long"} if args.wording or args.env == "food" else {}
-    env_fn, folder = partial(make, args.env, **wording), Path(args.resume or args.save)
+    argv = argv or sys.argv[1:]
+    runs = []
+    starts = {}                                 # seed → the agent to start from
     try:
-        has_menu = "menu" in env_fn().reset(seed=0)[1]
-        able = [method for method, row in METHODS.items() if has_menu or row["policy"] not in RESTRICTED]
-        methods = args.method.split(",") if args.method else able
-        _check(set(methods) <= set(able), f"--method {args.method} on {args.env}: choose from {', '.join(able)}"
-               + f" ({' and '.join(RESTRICTED)} need a menu, which {args.env} has not)" * (not has_menu))
-        _check(not args.resume or any(folder.glob("*/state.pt")), f"{folder} holds no checkpoint to go on from")
-        torch.set_num_threads(1 if tiny else torch.get_num_threads())                     # it is too small to share
-        _check(args.seeds >= 1, f"--seeds {args.seeds}: expected at least 1")
-        for seed in range(args.seed, args.seed + args.seeds):
-            start = load_agent(args.model, env_fn, seed, args.device, args.train_layers)
-            for method in methods:
-                slow = {} if tiny else {"lr": METHODS[method]["lr"] / (6 if args.train_layers else 30)} | REAL
-                config = Config(**PRESETS.get(args.env, {}) | slow | knobs | {"method": method, "seed": seed})
-                agent = start if method == methods[-1] else copy.deepcopy(start)
-                place = folder / f"{method}-{seed}" if args.resume or args.save else None
-                resume = bool(args.resume) and (place / "state.pt").exists()
-                if args.eval:
-                    if args.resume:
-                        load(place, agent)
-                    demonstrate(agent, env_fn, args.eval, method, seed)
-                    continue
-                runs.append({"config": asdict(config) | dict(env=args.env, model=args.model, **wording), "metrics": []})
-                bar = tqdm(train(agent, env_fn, config, place, resume), f"{method:8} seed {seed}", config.updates)
-                for metrics in bar:
-                    runs[-1]["metrics"].append(metrics)
-                    bar.set_postfix(success=metrics["success_rate"])
+        options = parse(argv)
+        env_fn, configs = prepare(options)
+        if options.model == "tiny":
+            torch.set_num_threads(1)                # it is too small to share
+        for config in configs:
+            if config.seed not in starts:
+                starts = {config.seed: load_agent(
+                    config.model, env_fn, config.seed, config.device, config.train_layers)}
+            agent = copy.deepcopy(starts[config.seed])
+            if config.eval:
+                demonstrate(agent, env_fn, config)
+                continue
+            lr = step_size(config, agent.lm)
+            record = {"config": asdict(config) | {"lr": lr}, "exam": None, "metrics": []}
+            runs.append(record)
+            run(agent, env_fn, config, record)
+            if config.save:
+                agent.save(Path(config.save) / f"{config.method}-{config.seed}")
     except KeyboardInterrupt:
         print("interrupted: what was measured so far is kept")
     except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as error:
-        parser.error(_one_line(error))
+        sys.exit("poad.py: " + " ".join(str(error).split()))
     finally:
-        if runs := [run for run in runs if run["metrics"]]:
-            report(runs, Path(args.out or f"runs/{args.env}.json").with_suffix(".json"))
+        runs = [record for record in runs if record["metrics"]]
+        if runs:
+            out = Path(options.out or f"runs/{options.env}.json").with_suffix(".json")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            command = shlex.join(["python", "poad.py", *argv])
+            out.write_text(json.dumps({"command": command, "runs": runs}, indent=1))
+            report(runs, out.with_suffix(".png"))
+            print(f"curves: {out.with_suffix('.png')}   numbers: {out}")
+
 
 if __name__ == "__main__":
     main()
