@@ -231,6 +231,7 @@ class Player:
         self.obs, self.info = self.env.reset(seed=seed)
         self.total = 0.0
         self.over = False
+        self.cut = False
 
     def step(self, action):
         """Do `action`; returns the reward."""

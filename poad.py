@@ -324,15 +324,20 @@ class Config:
     kl_stop: float = knob(0.1, "KL of an action (nats) that ends an update; inf: never")
     max_grad_norm: float = knob(0.5, "gradient clipping, LM and critic each for itself")
 
+    @property
+    def policy(self):
+        return METHODS[self.method]["policy"]
+
     def __post_init__(self):
         require(self.method in METHODS, f"{self.method!r} is no method of {list(METHODS)}")
         for name in ("updates", "n_envs", "n_steps", "epochs", "minibatches"):
             x = getattr(self, name)
             require(isinstance(x, int) and x >= 1, f"{name} is {x}, not a whole number ≥ 1")
-        for name in ("gamma", "lam", "gamma_token", "lam_token"):
-            x = getattr(self, name)
-            fits = x is None or 0 <= x <= 1
-            require(fits, f"{name} is {x}, but a discount or decay lies in [0, 1]")
+        for knob in fields(Config):
+            x = getattr(self, knob.name)
+            if knob.type is float and x is not None:
+                most = 1 if knob.name.startswith(("gamma", "lam")) else torch.inf
+                require(0 <= x <= most, f"{knob.name} is {x}, not from 0 to {most}")
 
 
 def inside(config):
@@ -350,7 +355,7 @@ def inside(config):
 
 
 def step_size(config, lm):
-    """Adam's step size for the LM: as given, else the method's; a sixth of it for a real LM.
+    """Adam's step size for the LM: as given, else the method's; for a real LM a sixth.
 
     Real: more than 10⁷ weights. The sixth was found with SmolLM2-135M's last four layers.
     """
@@ -372,6 +377,7 @@ def assign(config, mask, values, rewards, done, last_values):
     (B, T) or (B·T,); last_values: (B,), v after each environment's last action.
     """
     gamma_token, lam_token = inside(config)
+    mask = mask.bool()
     end = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))              # (B·T, L)
     reward = end * rewards.reshape(-1, 1)
     over = end & done.reshape(-1, 1).bool()
@@ -426,9 +432,8 @@ def minibatch_loss(agent, batch, config):
     The unit of policy loss, entropy and KL is the action, whatever its length: the mean
     over choices times the choices per action.
     """
-    policy = METHODS[config.method]["policy"]
     menus = [action.menu for action in batch]
-    logp, entropy, values = agent.evaluate(batch, menus, policy)            # (B, L)
+    logp, entropy, values = agent.evaluate(batch, menus, config.policy)     # (B, L)
     mask = written(batch)
     choice = column(batch, "choice")
     if not choice.any():
@@ -691,11 +696,12 @@ class LanguageAgent(nn.Module):
     def _encode(self, prompts, menus, policy):
         """B Menus, or B times None (free text); ValueError for what cannot be acted on."""
         require(policy in POLICIES, f"policy is {policy!r}, expected one of {POLICIES}")
-        require(not isinstance(prompts, str) and prompts and all(prompts),
-                "expected a list of prompts, none of them empty")
-        if menus is None or menus[0] is None:
+        require(not isinstance(prompts, str) and prompts, "expected a list of prompts")
+        require(all(prompt.strip() for prompt in prompts), "a prompt is empty")
+        free = [None] * len(prompts)
+        if menus is None or list(menus) == free:
             require(policy not in RESTRICTED, f"{policy} needs a menu (restricted actions)")
-            return [None] * len(prompts)
+            return free
         require(len(menus) == len(prompts) and None not in menus,
                 f"{len(prompts)} prompts need as many menus, or none at all")
         return [encode_menu(self.tokenizer, tuple(menu)) for menu in menus]
@@ -724,7 +730,7 @@ class LanguageAgent(nn.Module):
 
         With menus (B lists of strings) an entry is drawn from the softmax over its menu's
         scores. "token": π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's
-        trie and renormalised; "action": the same, as one slot; "glam", "twosome": see `score`.
+        trie and renormalised; "action": the same, as one slot; others: see `score`.
         Without menus: free text up to `max_new_tokens`, for "token" and "action".
         greedy: the likeliest entry (free text: token) instead; memory: see `columns`.
         """
@@ -768,7 +774,9 @@ class LanguageAgent(nn.Module):
             log_pi = self._menu_policy(prompts, menus, policy, memory)              # (B, A)
             pick = [menu.entries.index(ids) for menu, ids in zip(encoded, written)]
             logp = log_pi[range(len(pick)), pick]
-            slots = torch.stack([logp, entropy_of(log_pi), self.values(prompts)], -1)
+            first = [(x, None, menu.entries[0][:-1]) for x, menu in zip(prompts, encoded)]
+            values = [column[0, 2] for column in self.columns(first, memory)]       # v(o)
+            slots = torch.stack([logp, entropy_of(log_pi), torch.stack(values)], -1)
             slots = slots[:, None]                                          # (B, 1, 3)
         else:
             slots = self.columns(list(zip(prompts, encoded, written)), memory)
@@ -829,7 +837,7 @@ def pretrained_agent(model, seed):
     saved = {}
     if (folder / "critic.pt").exists():
         saved = torch.load(folder / "critic.pt", map_location="cpu", weights_only=True)
-    kind = "copy" if "lm.lm_head.weight" in saved else "head"
+    kind = "copy" if any(name.startswith("lm.") for name in saved) else "head"
     with seeded(seed):                                          # the critic's first layer
         agent = LanguageAgent(lm, tokenizer, kind)
     agent.critic.load_state_dict(saved, strict=bool(saved))
@@ -857,11 +865,10 @@ def collect(agent, players, config, generator, episodes):
     An episode that the time limit cuts was not over: its last reward gets + γ v(o_next).
     → B·T records, player b's action t in place b·T + t; v after each player's last (B,).
     """
-    policy = METHODS[config.method]["policy"]
     memory = {}                                                 # the weights stand still
     steps = []
     for _ in range(config.n_steps):
-        actions = step_all(agent, players, policy, False, generator, memory)
+        actions = step_all(agent, players, config.policy, False, generator, memory)
         steps.append(actions)
         for player, action in zip(players, actions):
             if player.cut:
@@ -969,7 +976,7 @@ def parse(argv):
     parser.set_defaults(**PRESETS.get(typed.env, {}))
     if typed.model != "tiny":
         parser.set_defaults(**REAL)
-    [options] = parser.parse_args_into_dataclasses(argv)
+    [options] = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return options
 
 
@@ -989,6 +996,7 @@ def prepare(options):
     require(set(methods) <= set(able), f"--method {options.method}: {options.env} can be "
             f"learnt by {', '.join(able)} (glam and twosome need a menu)")
     require(options.seeds >= 1, f"--seeds is {options.seeds}, expected at least 1")
+    require(options.eval >= 0, f"--eval is {options.eval}, expected at least 0")
     torch.zeros(1, device=options.device)
     configs = []
     for seed in range(options.seed, options.seed + options.seeds):
@@ -1004,16 +1012,15 @@ def run(agent, env_fn, config, record):
         record["metrics"].append(metrics)
         if metrics["episodes"] >= 16:               # the first to end are the short ones
             bar.set_postfix(success=metrics["success_rate"])
-    policy = METHODS[config.method]["policy"]
-    outcomes, _ = play(agent, env_fn, 100, policy, seed=config.seed)
+    outcomes, _ = play(agent, env_fn, 100, config.policy, seed=config.seed)
     record["exam"] = summary(outcomes)
 
 
 def demonstrate(agent, env_fn, config):
     """Play sampled, then greedy episodes; print a transcript of each, and how all went."""
-    policy = METHODS[config.method]["policy"]
     for greedy in (False, True):
-        outcomes, story = play(agent, env_fn, config.eval, policy, greedy, config.seed)
+        outcomes, story = play(
+            agent, env_fn, config.eval, config.policy, greedy, config.seed)
         print(story)
         print(f"{config.method}, greedy: {greedy}", summary(outcomes))
 
@@ -1034,13 +1041,14 @@ def report(runs, path):
     print("method    exam: success     mean return   seconds")
     for method, row in METHODS.items():
         group = [run for run in runs if run["config"]["method"] == method]
+        if group:
+            axes.plot([], color=row["color"], label=method)
         for run in group:
             curve = [m for m in run["metrics"] if m["episodes"] >= 16]
             steps = [m["env_steps"] for m in curve]
             axes.plot(steps, [m["success_rate"] for m in curve], color=row["color"])
         exams = [run["exam"] for run in group if run["exam"]]
         if exams:
-            axes.plot([], color=row["color"], label=method)
             seconds = mean(run["metrics"][-1]["seconds"] for run in group)
             print(f"{method:9} {cell(exams, 'success_rate'):>13}"
                   f"{cell(exams, 'return_mean'):>16}{seconds:>10.0f}")
@@ -1051,7 +1059,8 @@ def report(runs, path):
 
 
 def main(argv=None):
-    argv = argv or sys.argv[1:]
+    if argv is None:
+        argv = sys.argv[1:]
     runs = []
     starts = {}                                 # seed → the agent to start from
     try:
@@ -1067,8 +1076,10 @@ def main(argv=None):
             if config.eval:
                 demonstrate(agent, env_fn, config)
                 continue
-            lr = step_size(config, agent.lm)
-            record = {"config": asdict(config) | {"lr": lr}, "exam": None, "metrics": []}
+            used = asdict(config) | {"lr": step_size(config, agent.lm)}
+            if config.kl_stop == torch.inf:
+                used["kl_stop"] = None                  # JSON has no infinity
+            record = {"config": used, "exam": None, "metrics": []}
             runs.append(record)
             run(agent, env_fn, config, record)
             if config.save:

@@ -1,50 +1,51 @@
-"""Tests of poad.py and envs.py, and the grader of whoever writes them anew: `pytest test_poad.py`.
-For instructors: `python test_poad.py blank FOLDER` writes an assignment, `python test_poad.py grade FILE` marks it.
-
-Numbers that a reader can work out, with the derivation beside them; identities; and independent oracles. Every public
-function has its own tests, so that the red ones name the function that is wrong, and their messages the likely mistake.
-Order: Bellman backups, credit, losses · language agent, training, command line · environments. Nothing is downloaded.
-"""
+"""Tests of poad.py and envs.py: numbers that a reader can work out, with the derivation beside
+them; identities; independent oracles. Nothing is downloaded. The tests of a function f are called
+test_f_..., so that the red ones name the function that is wrong; messages name likely mistakes.
+At the end the course kit: `python test_poad.py blank | grade | trust`."""
+import argparse
+import ast
 import copy
-import dataclasses
-import difflib
 import doctest
-import functools
-import importlib
-import inspect
-import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import sys
-from functools import lru_cache, partial
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields, replace
+from functools import partial
+from itertools import repeat
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim import SGD
+from transformers import (
+    AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
+    PreTrainedTokenizerFast)
 
 import envs
 import poad
-from envs import FOOD_UNSEEN, Player, TokenMDP, lunch_mdp, make, random_mdp
-from poad import (METHODS, Config, LanguageAgent, action_backup, action_policy, assign, bad_backup, bad_discounts, gae,
-                  masked_mean, menu_logp, menu_trie, normalize, ppo_policy_loss, ppo_update, solve, state_values,
-                  tiny_agent, token_backup, train, value_loss)
+from envs import ENVS, Player, TokenMDP, lunch_mdp, make, random_mdp
+from poad import (
+    action_backup, action_policy, assign, bad_backup, bad_discounts, collect, encode_menu, gae,
+    inside, load_agent, masked_mean, menu_logp, normalize, play, ppo_policy_loss, ppo_update,
+    solve, state_values, step_size, tiny_agent, token_backup, train, value_loss, Config,
+    LanguageAgent, METHODS)
 
 torch.set_num_threads(1)  # what is tested is small: more threads only wait for each other
-INF, NAN = math.inf, math.nan
-ON_RANDOM_MDPS = pytest.mark.parametrize("seed", (0, 1, 2))
-IN_ALL_MODES = pytest.mark.parametrize("mode", ("greedy", "policy", "soft"))
-WITH_ALL_MASKS = pytest.mark.parametrize("dtype", (torch.bool, torch.float64, torch.int64))
-
-
-# ------------------------------------------------------------------ helpers
+INF = math.inf
+NAN = math.nan
+ON_RANDOM_MDPS = pytest.mark.parametrize("seed", [0, 1, 2])
+IN_ALL_MODES = pytest.mark.parametrize("mode, seed", [
+    ("greedy", 0), ("greedy", 1), ("policy", 0), ("policy", 1), ("soft", 0), ("soft", 1)])
+WITH_ALL_MASKS = pytest.mark.parametrize("dtype", [torch.bool, torch.float64, torch.int64])
 
 
 def t(x):
@@ -52,2377 +53,1736 @@ def t(x):
     return torch.as_tensor(x, dtype=torch.float64).detach()
 
 
-def near(actual, expected, hint, mistakes=None, tol=1e-9):
+def near(actual, expected, hint, mistakes={}, tol=1e-9):
     """Fail with `hint`, or with the name of the mistake whose wrong result this is."""
-    actual, expected = t(actual), t(expected)
-    assert actual.shape == expected.shape, f"shape is {tuple(actual.shape)}, expected {tuple(expected.shape)}: {hint}"
-    if not torch.allclose(actual, expected, rtol=tol, atol=tol):
-        named = next((words for words, wrong in (mistakes or {}).items()
-                      if torch.allclose(actual, t(wrong).expand_as(actual), rtol=tol, atol=tol)), None)
-        hint = named or hint
-        if torch.allclose(actual, expected, rtol=1e-6, atol=1e-6):
-            hint = f"nearly right, so something was rounded to float32; {hint}"
-        if actual.isnan().any():
-            hint = f"NaN: contents of padding or of invalid tokens leaked (0 * NaN is NaN, so select); {hint}"
-        worst = (actual - expected).abs().nan_to_num(0, posinf=INF).flatten().argmax()
-        failure = pytest.fail.Exception(
-            f"{hint}: got {actual.tolist()}, expected {expected.tolist()}" if actual.numel() <= 20 else
-            f"{hint}: at worst {actual.flatten()[worst]:.12g}, expected {expected.flatten()[worst]:.12g}")
-        failure.named = named is not None                                # the grader shows such a message first
-        raise failure
+    __tracebackhide__ = True
+    actual = t(actual)
+    expected = t(expected)
+    assert actual.shape == expected.shape, f"{hint}: {actual.shape} is not {expected.shape}"
+    if torch.allclose(actual, expected, rtol=tol, atol=tol):
+        return
+    for words, wrong in mistakes.items():
+        if torch.allclose(actual, t(wrong).expand_as(actual), rtol=tol, atol=tol):
+            hint = words
+    if actual.isnan().any():
+        hint = f"NaN: padding or an invalid token leaked (0 · NaN is NaN, so select); {hint}"
+    pytest.fail(f"{hint}: got {actual.tolist()}, expected {expected.tolist()}")
 
 
 def backward(x):
-    assert getattr(x, "requires_grad", False), "no gradient at all: detached from the inputs, or a plain number"
-    try:
-        x.backward()
-    except RuntimeError as error:
-        assert "inplace" not in str(error), "the gradient breaks where numbers are overwritten: collect them and stack"
-        raise
-
-
-def refuses(call, *words):
-    """The call raises a ValueError whose message holds all these words."""
-    try:
-        call()
-    except ValueError as error:
-        missing = [word for word in words if word not in str(error).lower()]
-        assert not missing, f"bad input: the ValueError's message does not say {missing}, but: {error}"
-    except (RuntimeError, IndexError, TypeError, KeyError) as error:
-        if isinstance(error, NotImplementedError):
-            raise
-        pytest.fail(f"bad input ended in {type(error).__name__} ({error}), but a ValueError in words is expected")
-    else:
-        pytest.fail(f"bad input was accepted: a ValueError in words is expected{' that says '[:11 * bool(words)]}"
-                    f"{' and '.join(map(repr, words))}")
-
-
-def refuses_shapes(f, count, *rest):
-    """f of `count` tensors refuses one whose shape disagrees, also where it would broadcast."""
-    for i in range(count):
-        for shape in ((2, 2), (2, 1), (3,)):
-            args = [torch.ones(shape if k == i else (2, 3)) for k in range(count)]
-            refuses(lambda: f(*args, *rest), "(2, 3)", str(shape))
-
-
-def prefix_ids(mdp):
-    """Index of every prefix."""
-    return {tuple(prefix): i for i, prefix in enumerate(mdp.prefixes)}
-
-
-def along(table, mdp, tokens):
-    """(S, n): the entries of a token table at the tokens of one action."""
-    return torch.stack([table[:, prefix_ids(mdp)[tuple(tokens[:j])], w] for j, w in enumerate(tokens)], -1)
-
-
-def token_table(mdp, value):
-    """(S, N, V) table of value(state, tokens so far, ids of the actions that begin so); -inf at invalid tokens."""
-    table = torch.full((len(mdp.reward), len(mdp.prefixes), len(mdp.vocab)), -INF, dtype=torch.float64)
-    for s, i, w in torch.cartesian_prod(*map(torch.arange, table.shape)).tolist():
-        start = (*mdp.prefixes[i], w)
-        actions = [a for a, tokens in enumerate(mdp.actions) if tuple(tokens[:len(start)]) == start]
-        if actions:
-            table[s, i, w] = value(s, len(start), actions)
-    return table
-
-
-def settings(mode, mdp):
-    """Keyword arguments of a mode at action level and at token level; the two policies are the same one."""
-    weight = torch.rand(mdp.reward.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) + 0.1
-    policy = weight / weight.sum(-1, keepdim=True)                                                 # (S, A)
-    mass = token_table(mdp, lambda s, j, actions: policy[s, actions].sum()).clamp(min=0)           # (S, N, V)
-    return {"greedy": ({}, {}), "soft": ({"temperature": 0.7}, {"temperature": 0.7}),
-            "policy": ({"policy": policy}, {"policy": mass / mass.sum(-1, keepdim=True)})}[mode]
-
-
-def pool(x, policy=None, temperature=0.0):
-    """The largest entry, the mean under a policy, or the soft maximum of the last axis."""
-    if policy is not None:
-        return (policy * x).sum(-1) / policy.sum(-1)
-    return temperature * (x / temperature).exp().sum(-1).log() if temperature else x.amax(-1)
-
-
-def exact(mdp, gamma, gamma_token=1.0, policy=None, temperature=0.0):
-    """Q (S, A), where a value is pooled from γ_w^(|a|-1) Q(s, a), and its token table γ_w^(n-j) Q, pooled likewise."""
-    n, q = t([len(tokens) for tokens in mdp.actions]), torch.zeros(mdp.reward.shape).double()
-    for _ in range(150):
-        q = t(mdp.reward) + gamma * t(mdp.transition) @ pool(gamma_token ** (n - 1) * q, policy, temperature)
-    return q, token_table(mdp, lambda s, j, actions: pool(
-        gamma_token ** (n[actions] - j) * q[s, actions], None if policy is None else policy[s, actions], temperature))
+    assert getattr(x, "requires_grad", False), "no gradient: detached, or a plain number"
+    x.backward()
 
 
 def small_mdp():
-    """Two states and the actions "a", "b c", "b a c"."""
+    """Two states and the actions "a", "b c", "b a c"; prefixes ∅, b, b a."""
     transition = [[[1, 0], [.5, .5], [0, 1]], [[.5, .5], [1, 0], [.25, .75]]]
-    return TokenMDP(transition, [[1, 2, 3], [-1, 0, 5]], ((0,), (1, 2), (1, 0, 2)), ("a", "b", "c"))
+    actions = [(0,), (1, 2), (1, 0, 2)]
+    return TokenMDP(transition, [[1, 2, 3], [-1, 0, 5]], actions, ["a", "b", "c"])
 
 
 def small_table(*rows, invalid=-INF):
-    """A token table of `small_mdp` from one row per state: the entries of a | b | b c | b a | b a c."""
-    mdp, table = small_mdp(), torch.full((2, 3, 3), invalid, dtype=torch.float64)
-    for (prefix, token), entries in zip((((), 0), ((), 1), ((1,), 2), ((1,), 0), ((1, 0), 2)), t(rows).T):
-        table[:, prefix_ids(mdp)[prefix], token] = entries
+    """A token table of `small_mdp`; a row is a state, with entries at a | b | b c | b a | b a c."""
+    table = torch.full((2, 3, 3), invalid, dtype=torch.float64)
+    table[:, [0, 0, 1, 1, 2], [0, 1, 2, 0, 2]] = t(rows)
     return table
 
 
-# V(∅), V(b), V(b a) = (4, 8, 10) in state 0 and (12, 5, 7) in state 1
-Q_SMALL = small_table((4, 2, 8, 6, 10), (-2, 12, 3, 5, 7))
+# V(∅), V(b), V(b a) are 4, 8, 10 in state 0 and 12, 5, 7 in state 1
+Q_TOKEN = small_table((4, 2, 8, 6, 10), (-2, 12, 3, 5, 7))
+
+
+def token_table(mdp, value):
+    """(S, N, V) table of value(ids of the actions that begin so, tokens so far); else -inf."""
+    shape = len(mdp.reward), len(mdp.prefixes), len(mdp.vocab)
+    table = torch.full(shape, -INF, dtype=torch.float64)
+    for n, prefix in enumerate(mdp.prefixes):
+        for w in range(len(mdp.vocab)):
+            begin = (*prefix, w)
+            ids = [i for i, action in enumerate(mdp.actions) if action[:len(begin)] == begin]
+            if ids:
+                table[:, n, w] = value(ids, len(begin))
+    return table
+
+
+def along(table, mdp, action):
+    """(S, n): the entries of a token table at the n tokens of one action."""
+    rows = [mdp.prefixes.index(action[:j]) for j in range(len(action))]
+    return table[:, rows, action]
+
+
+def written(policy, mdp):
+    """(S, N, V): the probability that an action of this policy (S, A) begins so."""
+    return token_table(mdp, lambda ids, j: policy[:, ids].sum(-1)).clamp(min=0)
+
+
+def settings(mode, mdp):
+    """Keyword arguments of a mode for actions and for tokens; the two policies are the same one."""
+    if mode == "greedy":
+        return {}, {}
+    if mode == "soft":
+        return {"temperature": 0.7}, {"temperature": 0.7}
+    policy = mdp.reward.softmax(-1)  # one like any other
+    mass = written(policy, mdp)
+    return {"policy": policy}, {"policy": mass / mass.sum(-1, keepdim=True)}
+
+
+def pool(x, ids, policy=None, temperature=0.0):
+    """Of these columns the largest, the mean under a policy, or the soft maximum."""
+    x = x[:, ids]
+    if policy is not None:
+        return (policy[:, ids] * x).sum(-1) / policy[:, ids].sum(-1)
+    if temperature:
+        return temperature * torch.logsumexp(x / temperature, -1)
+    return x.amax(-1)
+
+
+def exact(mdp, gamma, gamma_token=1.0, **mode):
+    """Q (S, A) and its token table: what is begun is worth γ_w^(n-j) Q, pooled over completions."""
+    length = t([len(action) for action in mdp.actions])
+    q = torch.zeros_like(mdp.reward)
+    for _ in range(150):
+        v = pool(gamma_token ** (length - 1) * q, slice(None), **mode)
+        q = mdp.reward + gamma * mdp.transition @ v
+    table = token_table(mdp, lambda ids, j: pool(gamma_token ** (length - j) * q, ids, **mode))
+    return q, table
+
+
+def advantage(q, policy):
+    """Q minus its mean under the policy; -inf becomes a large number, as 0 · inf is NaN."""
+    q = t(q).clamp(min=-1e9)
+    return q - (policy * q).sum(-1, keepdim=True)
 
 
 # ------------------------------------------------------------------ Bellman backups
 
 
 def test_state_values_takes_the_maximum():
-    """Without policy and temperature the value is the largest valid entry of the last axis."""
-    near(state_values(t([[[1., 3., -INF], [-4., -2., -INF]]])), [[3, -2]], "not the maximum over the last axis", {
-        "an invalid token counts as 0": [[3, 0]], "minimum instead of maximum": [[-INF, -INF]]})
-    assert state_values(torch.ones(2)).dtype == torch.float32, "values come out in the dtype of q"
+    q = t([[[1, 3, -INF], [-4, -2, -INF]]])
+    near(state_values(q), [[3, -2]], "not the maximum over the last axis", {
+        "an invalid token counts as 0": [[3, 0]], "minimum instead of maximum": -INF})
+    near(state_values(q.numpy()), [[3, -2]], "arrays are tables too")
+    near(state_values([.1, .3]), .3, "a list was rounded to float32", tol=1e-12)
 
 
 def test_state_values_averages_under_a_policy():
-    """With a policy the value is Σ π q, in which 0 · (-inf) = 0."""
-    near(state_values(t([[[2., 6., -INF]]]), policy=t([[[.25, .75, 0.]]])), [[5]], "not Σ π q", {      # ¼·2 + ¾·6
-        "policy ignored": 6, "policy ignored, all tokens alike": 4, "the mean of policy times q, not the sum": 5 / 3})
-    near(state_values(t([1., -INF]), policy=t([.5, .5])), -INF, "an invalid token that the policy writes is worth -inf")
+    # ¼·2 + ¾·6 = 5, and 0 · (-inf) = 0
+    near(state_values(t([[[2, 6, -INF]]]), policy=t([[[.25, .75, 0]]])), [[5]], "not Σ π q", {
+        "policy ignored": 6, "all tokens alike": 4, "mean of π q, not the sum": 5 / 3})
+    near(state_values([2, 12], policy=[.9, .1]), 3, "whole numbers must not round the policy")
 
 
 def test_state_values_soft_maximum():
-    """With a temperature the value is τ log Σ exp(q / τ), for large values too."""
-    # τ = 2, q = (0, 2 log 3): 2 log(exp(0) + exp(log 3)) = 2 log 4
-    q = t([[[0., 2 * math.log(3), -INF]]])
+    # τ = 2, q = (0, 2 log 3): 2 log(exp 0 + exp log 3) = 2 log 4
+    q = t([[[0, 2 * math.log(3), -INF]]])
     near(state_values(q, temperature=2), [[2 * math.log(4)]], "not τ log Σ exp(q / τ)", {
-        "temperature ignored": 2 * math.log(3), "the factor τ in front is missing": math.log(4),
-        "q is not divided by τ": 2 * math.log(10), "softmax average, not logsumexp": 1.5 * math.log(3)})
-    near(state_values(t([[1e3, 1e3]]), temperature=.01), [1000 + .01 * math.log(2)], "exp overflows for large q / τ")
-
-
-def test_state_values_refuses_bad_input():
-    """Policy and temperature exclude each other, and the policy has the shape of q."""
-    refuses(lambda: state_values(t([[1., 2.]]), policy=t([[.5, .5]]), temperature=1.), "policy", "temperature")
-    refuses(lambda: state_values(t([[1., 2.]]), policy=t([[.5, .25, .25]])), "(1, 2)", "(1, 3)")
-    for bad in (-1., INF, NAN):
-        refuses(lambda: state_values(t([[1., 2.]]), temperature=bad), "temperature")
-
-
-def test_tables_may_be_lists_and_arrays():
-    """Lists, NumPy arrays and whole numbers are tables of float64 too."""
-    near(state_values(t([.1, .3]).numpy()), .3, "NumPy arrays give another result")
-    near(state_values([.1, .3]), .3, "lists give another result, or are rounded to float32", tol=1e-12)
-    near(state_values([2, 12], policy=[.9, .1]), 3, "whole numbers must not round the policy")        # 1.8 + 1.2
-    near(state_values(torch.tensor([2, 12]), policy=[.9, .1]), 3, "whole numbers must not round the policy")
-    near(action_backup([[4, 2, 0], [-2, 12, 6]], small_mdp(), 0), [[1, 2, 3], [-1, 0, 5]], "a list gives another table")
-    near(token_backup(Q_SMALL.tolist(), small_mdp(), 0., 1.), token_backup(Q_SMALL, small_mdp(), 0., 1.), "a list")
-    near(action_policy(torch.ones(2, 3, 3).tolist(), small_mdp()), [[1] * 3] * 2, "a list gives another result")
-    near(bad_discounts([[0, 1, 1]], [[0, 0, 1]], 0.5), [[1, .5, 0]], "a list gives another result")
-    near(masked_mean(torch.tensor([True, False, True]), torch.tensor([1, 1, 0])), .5, "booleans are 0 and 1")
+        "temperature ignored": 2 * math.log(3), "no factor τ in front": math.log(4),
+        "q is not divided by τ": 2 * math.log(10), "softmax average": 1.5 * math.log(3)})
+    large = state_values(t([1000, 1000]), temperature=0.01)
+    near(large, 1000 + 0.01 * math.log(2), "exp overflows for large q / τ")
 
 
 def test_action_backup_by_hand():
-    """R + γ E V(o′) on two states and three actions."""
-    # V = (4, 12); 1 + ½·4, 2 + ½·(½·4 + ½·12), 3 + ½·12; and -1 + ½·8, 0 + ½·4, 5 + ½·(¼·4 + ¾·12)
-    q = t([[4, 2, 0], [-2, 12, 6]])
-    near(action_backup(q, small_mdp(), 0.5), [[3, 6, 9], [3, 2, 10]], "not R + γ Σ P V", {
-        "gamma forgotten": [[5, 10, 15], [7, 4, 15]], "reward forgotten": [[2, 4, 6], [4, 2, 5]],
-        "gamma applied to the reward too": [[2.5, 5, 7.5], [3.5, 2, 7.5]],
+    # V = (4, 12); state 0: 1 + ½·4, 2 + ½·(½·4 + ½·12), 3 + ½·12
+    # state 1: -1 + ½·(½·4 + ½·12), 0 + ½·4, 5 + ½·(¼·4 + ¾·12); a table may be a list
+    q = action_backup([[4, 2, 0], [-2, 12, 6]], small_mdp(), 0.5)
+    near(q, [[3, 6, 9], [3, 2, 10]], "not R + γ Σ P V", {
+        "γ forgotten": [[5, 10, 15], [7, 4, 15]], "γ R, not R": [[2.5, 5, 7.5], [3.5, 2, 7.5]],
         "value of this state, not of the next": [[3, 4, 5], [5, 6, 11]]})
-    near(action_backup(q, small_mdp(), 0), [[1, 2, 3], [-1, 0, 5]], "γ = 0 is allowed and leaves R")
-    near(action_backup(q, small_mdp(), 1), [[5, 10, 15], [7, 4, 15]], "γ = 1 is allowed")
-    assert action_backup(q.float(), small_mdp(), 0.5).dtype == torch.float64, "tables are float64"
+    assert q.dtype == torch.float64, "tables are float64"
 
 
 @IN_ALL_MODES
-@ON_RANDOM_MDPS
-def test_action_backup_keeps_the_solution(seed, mode):
-    """The exact Q* (for a policy Q^π, or the soft one) is a fixed point."""
+def test_action_backup_keeps_the_solution(mode, seed):
     mdp = random_mdp(seed)
     kwargs, _ = settings(mode, mdp)
     q, _ = exact(mdp, 0.5, **kwargs)
-    near(action_backup(q, mdp, 0.5, **kwargs), q, f"Q moved ({mode}): policy or temperature lost on the way?")
-
-
-def test_action_backup_refuses_bad_input():
-    """γ outside [0, 1], tables of another shape, policy and temperature together."""
-    mdp, q = small_mdp(), torch.ones(2, 3)
-    refuses(lambda: action_backup(q, mdp, 1.5), "gamma", "1.5")
-    refuses(lambda: action_backup(q, mdp, -0.1), "gamma", "-0.1")
-    refuses(lambda: action_backup(torch.ones(2, 4), mdp, 0.5), "(2, 4)", "(2, 3)")
-    refuses(lambda: action_backup(q, mdp, 0.5, policy=torch.ones(2, 1)), "(2, 1)", "(2, 3)")
-    refuses(lambda: action_backup(q, mdp, 0.5, policy=q / 3, temperature=1.), "policy", "temperature")
+    near(action_backup(q, mdp, 0.5, **kwargs), q, f"Q moved: the {mode} mode was lost on the way?")
 
 
 def test_token_backup_by_hand():
-    """γ_w V(prefix) inside an action, R + γ E V(o′, ∅) at its end, -inf at invalid tokens."""
-    # γ = ½, γ_w = ¼. a: 1 + ½·4 | b: ¼·8 | b c: 2 + ½·(½·4 + ½·12) | b a: ¼·10 | b a c: 3 + ½·12
-    # state 1: a: -1 + ½·(½·4 + ½·12) | b: ¼·5 | b c: 0 + ½·4 | b a: ¼·7 | b a c: 5 + ½·(¼·4 + ¾·12)
+    # γ = ½, γ_w = ¼; a: 1 + ½·4 | b: ¼·8 | b c: 2 + ½·(½·4 + ½·12) | b a: ¼·10 | b a c: 3 + ½·12
+    # state 1: -1 + ½·(½·4 + ½·12) | ¼·5 | 0 + ½·4 | ¼·7 | 5 + ½·(¼·4 + ¾·12)
     right = small_table((3, 2, 6, 2.5, 9), (3, 1.25, 2, 1.75, 10))
-    near(token_backup(Q_SMALL, small_mdp(), 0.5, 0.25), right, "not the table of Eq. 9-10", {
-        "gamma was applied inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10)),
-        "gamma_token forgotten inside the action": small_table((3, 8, 6, 10, 9), (3, 5, 2, 7, 10)),
+    q = token_backup(Q_TOKEN, small_mdp(), 0.5, 0.25)
+    near(q, right, "not the table of Eq. 9-10", {
+        "gamma inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10)),
         "gamma and gamma_token swapped": small_table((2, 4, 4, 5, 6), (1, 2.5, 1, 3.5, 7.5)),
-        "gamma_token at the action's end": small_table((2, 2, 4, 2.5, 6), (1, 1.25, 1, 1.75, 7.5)),
-        "gamma times gamma_token at the end": small_table((1.5, 2, 3, 2.5, 4.5), (0, 1.25, .5, 1.75, 6.25)),
-        "values shifted by one: V before the token": small_table((3, 1, 6, 2, 9), (3, 3, 2, 1.25, 10)),
         "invalid tokens must be -inf": right.clamp(min=0)})
+    near(token_backup(Q_TOKEN.tolist(), small_mdp(), 0.5, 0.25), q, "lists are tables too")
 
 
 @IN_ALL_MODES
-@ON_RANDOM_MDPS
-def test_token_backup_naive_solves_another_mdp(seed, mode):
-    """Identity 2: its fixed point has the reward γ_w^(|a|-1) R and the discount γ γ_w^(|a|-1)."""
+def test_token_backup_naive_solves_another_mdp(mode, seed):
+    """Identities 2 and 3: its fixed point has reward γ_w^(n-1) R and discount γ γ_w^(n-1), and
+    token j of an action is worth γ_w^(n-j) Q."""
     mdp = random_mdp(seed)
     kwargs, token_kwargs = settings(mode, mdp)
-    gamma_token = 1. if mode == "soft" else 0.8                          # the soft maximum does not scale with γ_w
+    gamma_token = 1.0 if mode == "soft" else 0.8  # the soft maximum does not scale with γ_w
     _, table = exact(mdp, 0.7, gamma_token, **kwargs)
     near(token_backup(table, mdp, 0.7, gamma_token, **token_kwargs), table,
-         f"the fixed point moved ({mode}): policy or temperature lost, or γ and γ_w in the wrong places?")
-
-
-def test_token_backup_discrepancy_law():
-    """Identity 3: along one forced action of n tokens naive is off by 1 - γ_w^(n-j) at token j."""
-    mdp = TokenMDP([[[0, 1]], [[0, 1]]], [[16], [0]], ((0, 1, 2, 3, 4),), tuple("abcde"))
-    q = token_table(mdp, lambda s, j, actions: 0.)
-    for _ in range(5):
-        q = t(token_backup(q, mdp, 0.5, 0.5))
-    near(q[0].diagonal(), [1, 2, 4, 8, 16], "16 halves once per token still to come", {
-        "gamma_token forgotten inside the action": [16] * 5, "gamma_token at the last token too": [.5, 1, 2, 4, 8]})
-
-
-def test_token_backup_picks_the_wrong_lunch():
-    """With γ_w = γ = .95 the greedy action is wrong somewhere in lunch_mdp; with γ_w = 1 it is right everywhere."""
-    mdp, missed = lunch_mdp(), {}
-    best, _ = exact(mdp, 0.95)
-    for gamma_token in (0.95, 1.0):
-        q = token_table(mdp, lambda s, j, actions: 0.)
-        for _ in range(100):
-            q = t(token_backup(q, mdp, 0.95, gamma_token))
-        greedy = q == q.amax(-1, keepdim=True)                                                     # (S, N, V)
-        chosen = torch.stack([along(greedy, mdp, tokens).all(-1) for tokens in mdp.actions], -1)   # (S, A)
-        missed[gamma_token] = float((best.amax(-1, keepdim=True) - best)[chosen].max())
-    assert missed[1.0] < 1e-6, "gamma was applied inside the action: token-greedy at gamma_token = 1 is not greedy"
-    assert missed[0.95] > 1e-3, "gamma_token is ignored: naive must fall for the shorter, worse action"
-
-
-def test_token_backup_refuses_bad_input():
-    """γ or γ_w outside [0, 1], tables of another shape, policy and temperature together."""
-    mdp, uniform = small_mdp(), torch.ones(2, 3, 3) / 3
-    refuses(lambda: token_backup(Q_SMALL, mdp, 1.5, 1.), "gamma", "1.5")
-    refuses(lambda: token_backup(Q_SMALL, mdp, 1., -0.1), "gamma_token", "-0.1")
-    refuses(lambda: token_backup(torch.ones(2, 4, 3), mdp, 0.5, 1.), "(2, 4, 3)", "(2, 3, 3)")
-    refuses(lambda: token_backup(Q_SMALL, mdp, 0.5, 1., policy=torch.ones(2, 3)), "(2, 3)", "(2, 3, 3)")
-    refuses(lambda: token_backup(Q_SMALL, mdp, 0.5, 1., policy=uniform, temperature=1.), "policy", "temperature")
+         f"the fixed point moved: the {mode} mode was lost, or γ and γ_w in the wrong places?")
 
 
 def test_bad_backup_by_hand():
-    """BAD hands the value on undiscounted inside an action, and discounts by γ at its end."""
-    # as above, with V itself inside the action: b: 8 and 5 | b a: 10 and 7
-    near(bad_backup(Q_SMALL, small_mdp(), 0.5), small_table((3, 8, 6, 10, 9), (3, 5, 2, 7, 10)), "not Eq. 13-14", {
-        "gamma was applied inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10)),
-        "gamma and gamma_token swapped": small_table((5, 4, 10, 5, 15), (7, 2.5, 4, 3.5, 15)),
-        "gamma forgotten at the action's end": small_table((5, 8, 10, 10, 15), (7, 5, 4, 7, 15)),
-        "the value is lost inside the action": small_table((3, 0, 6, 0, 9), (3, 0, 2, 0, 10))})
+    # as in token_backup, with V itself inside the action: b: 8 and 5 | b a: 10 and 7
+    q = bad_backup(Q_TOKEN, small_mdp(), 0.5)
+    near(q, small_table((3, 8, 6, 10, 9), (3, 5, 2, 7, 10)), "not Eq. 13-14", {
+        "gamma inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10))})
 
 
 @IN_ALL_MODES
-@ON_RANDOM_MDPS
-def test_bad_backup_has_the_action_level_solution(seed, mode):
-    """Identity 1: Q(s, a) of the action level, pooled over completions, is the fixed point, and is reached."""
+def test_bad_backup_has_the_action_level_solution(mode, seed):
+    """Identity 1: Q(s, a), pooled over the completions of a prefix, is where backups end."""
     mdp = random_mdp(seed)
     kwargs, token_kwargs = settings(mode, mdp)
     _, table = exact(mdp, 0.5, **kwargs)
-    near(bad_backup(table, mdp, 0.5, **token_kwargs), table,
-         f"Q moved ({mode}): gamma was applied inside the action, or policy or temperature lost")
-    q = table.clamp(min=0, max=0).where(table > -INF, table)
-    for _ in range(160):                                                 # ½ per action of at most 4 tokens: ½⁴⁰
-        q = t(bad_backup(q, mdp, 0.5, **token_kwargs))
-    near(q, table, f"repeated backups do not reach Q(s, a) ({mode})")
-
-
-@ON_RANDOM_MDPS
-def test_bad_backup_solves_the_action_level(seed):
-    """Identity 1 again, by iterating both: where a token completes an action, the solution is Q(s, a)."""
-    mdp = random_mdp(seed)
-    whole = solve(lambda q: action_backup(q, mdp, 0.5), torch.zeros(mdp.reward.shape))
-    q, ends = solve(lambda q: bad_backup(q, mdp, 0.5), torch.zeros(len(whole), *mdp.child.shape)), mdp.leaf >= 0
-    near(q[:, ends], whole[:, mdp.leaf[ends]], "another solution than the action level's: gamma inside the action?")
+    q = token_table(mdp, lambda ids, j: 0)
+    for _ in range(160):  # an action has at most 4 tokens, so this is at least ½⁴⁰
+        q = bad_backup(q, mdp, 0.5, **token_kwargs)
+    near(q, table, f"another solution than the action level's ({mode}): gamma inside the action?")
 
 
 @ON_RANDOM_MDPS
 def test_bad_backup_credit_adds_up(seed):
     """Identity 4: the token advantages of an action sum to A(s, a); naive ones do not."""
-    mdp, sums = random_mdp(seed), []
+    mdp = random_mdp(seed)
     kwargs, token_kwargs = settings("policy", mdp)
-    bad, naive = exact(mdp, 0.8, **kwargs)[1], exact(mdp, 0.8, 0.8, **kwargs)[1]
-    for q in (bad_backup(bad, mdp, 0.8, **token_kwargs), naive):
-        advantage = t(q) - (token_kwargs["policy"] * t(q).clamp(min=-1e9)).sum(-1, keepdim=True)
-        sums.append(torch.stack([along(advantage, mdp, tokens).sum(-1) for tokens in mdp.actions], -1))      # (S, A)
-    q, _ = exact(mdp, 0.8, **kwargs)
-    a = q - (kwargs["policy"] * q).sum(-1, keepdim=True)
-    near(sums[0], a, "the credit does not add up: is gamma applied inside the action?")
-    assert (sums[1] - a).abs().max() > 1e-3, "naive credit must not add up on this MDP"
+    q, bad = exact(mdp, 0.8, **kwargs)
+    bad = bad_backup(bad, mdp, 0.8, **token_kwargs)
+    _, naive = exact(mdp, 0.8, 0.8, **kwargs)
+
+    def total(table):
+        credit = advantage(table, **token_kwargs)
+        return torch.stack([along(credit, mdp, action).sum(-1) for action in mdp.actions], -1)
+    whole = advantage(q, **kwargs)  # (S, A)
+    near(total(bad), whole, "the credit does not add up: gamma inside the action?")
+    assert (total(naive) - whole).abs().max() > 1e-3, "naive credit must not add up on this MDP"
 
 
 @ON_RANDOM_MDPS
 def test_bad_backup_gives_the_policy_gradient(seed):
-    """Identity 5: Σ d π π A_BAD ∇log π is ∇J of the action level, and the naive one points elsewhere."""
-    mdp = random_mdp(seed)
-    allowed = token_table(mdp, lambda s, j, actions: 0.)                                           # 0 or -inf
-    noise = torch.randn(allowed.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    theta = noise.requires_grad_()
-    logp = (theta + allowed).log_softmax(-1).clamp(min=-1e9)                                       # (S, N, V)
-    policy = torch.stack([along(logp, mdp, a).sum(-1).exp() for a in mdp.actions], -1)             # (S, A)
-    chain = torch.einsum("sa,saz->sz", policy, t(mdp.transition))
-    visits = torch.linalg.solve(torch.eye(len(chain)) - 0.8 * chain.T, torch.ones(len(chain)).double() / len(chain))
-    j_gradient, = torch.autograd.grad(visits @ (policy * t(mdp.reward)).sum(-1), theta, retain_graph=True)
-    reach = token_table(mdp, lambda s, j, actions: policy[s, actions].sum().detach()).clamp(min=0)  # π(w^{≤j} | s)
+    """Identity 5: ∇J of the action level; the naive gradient points elsewhere.
 
-    def gradient(q):
-        q, token_policy = t(q).clamp(min=-1e9), logp.exp().detach()
-        weight = visits.detach()[:, None, None] * reach * (q - (token_policy * q).sum(-1, keepdim=True))   # (S, N, V)
-        return torch.autograd.grad((weight * logp).sum(), theta, retain_graph=True)[0]
-    bad, naive = (exact(mdp, 0.8, gamma_token, policy.detach())[1] for gamma_token in (1., 0.8))
-    near(gradient(bad_backup(bad, mdp, 0.8, policy=logp.exp().detach())), j_gradient,
-         "not the gradient of the action level: gamma inside the action?")
-    cosine = torch.cosine_similarity(gradient(naive).flatten(), j_gradient.flatten(), dim=0)
+    As d log π(w) / dθ(v) = 1[v = w] - π(v) for a softmax, and A has mean 0 under π, the sum
+    Σ d(s) π(w^{<j}) π(w^j) A ∇log π(w^j) has the entry d(s) π(w^{≤j}) A at token j.
+    """
+    mdp = random_mdp(seed)
+    valid = token_table(mdp, lambda ids, j: 0)  # 0 or -inf
+    theta = torch.zeros_like(valid).requires_grad_()
+    probs = (theta + valid).softmax(-1)  # (S, N, V)
+    policy = torch.stack([along(probs, mdp, action).prod(-1) for action in mdp.actions], -1)
+    chain = torch.einsum("sa,saz->sz", policy, mdp.transition)
+    eye = torch.eye(len(chain)).double()
+    visits = torch.linalg.solve(eye - 0.8 * chain.T, eye.mean(0))  # d = ρᵀ (I - γ P)⁻¹
+    backward(visits @ (policy * mdp.reward).sum(-1))
+    policy = policy.detach()
+    probs = probs.detach()
+    weight = t(visits)[:, None, None] * written(policy, mdp)  # d(s) π(w^{≤j} | s)
+    _, bad = exact(mdp, 0.8, policy=policy)
+    _, naive = exact(mdp, 0.8, 0.8, policy=policy)
+    gradient = weight * advantage(bad_backup(bad, mdp, 0.8, policy=probs), probs)
+    near(gradient, theta.grad, "not the gradient of the action level: gamma inside?")
+    naive = weight * advantage(naive, probs)
+    cosine = torch.cosine_similarity(naive.flatten(), theta.grad.flatten(), 0)
     assert cosine < 1 - 1e-5, "the naive gradient must point elsewhere on this MDP"
 
 
-def test_bad_backup_refuses_bad_input():
-    """γ outside [0, 1], a table of another shape, policy and temperature together."""
-    mdp = small_mdp()
-    refuses(lambda: bad_backup(Q_SMALL, mdp, 1.5), "gamma", "1.5")
-    refuses(lambda: bad_backup(torch.ones(3, 3, 3), mdp, 0.5), "(3, 3, 3)", "(2, 3, 3)")
-    refuses(lambda: bad_backup(Q_SMALL, mdp, 0.5, policy=Q_SMALL, temperature=1.), "policy", "temperature")
+def test_solve_finds_the_fixed_point():
+    """q ← 1 + q / 2 ends at 2 from either side; an entry at -inf is not compared."""
+    q0 = t([10, -INF, -10])
+    near(solve(lambda q: 1 + q / 2, q0), [2, -INF, 2], "is the change signed?", tol=1e-11)
+    near(q0, [10, -INF, -10], "q0 was changed in place")
 
 
-@pytest.mark.parametrize("start", ([10., -INF, 10.], [-10., 0., 2.]))
-def test_solve_finds_the_fixed_point(start):
-    """q ← 1 + q / 2 ends at 2 from either side; entries at -inf are not compared; q0 is left alone."""
-    q0, half = t(start), t([.5, NAN, .5])
-    q = solve(lambda q: torch.where(half > 0, 1 + q / 2, -INF), q0)
-    near(q, [2, -INF, 2], "stopped early: is the change signed?", {"stopped at once": start}, tol=1e-11)
-    near(q0, start, "q0 was changed in place")
-    slow = solve(lambda q: torch.cat([t(q)[:1] / 2, 0 * t(q)[1:]]), torch.ones(1000), tol=1e-4)
-    assert abs(float(slow[0])) < 1.1e-4, "stopped by the average change, not by the largest"
+def test_solve_stops_within_tol():
+    halve = Mock(side_effect=lambda q: q * t([.5] + [0] * 99))
+    solve(halve, [1] * 100, tol=0.1)  # the first changes by ½, ¼, ⅛, 1/16, the average by less
+    count = halve.call_count
+    assert 4 <= count <= 5, f"not the largest change against tol: {count} backups, not 4"
+    halve.reset_mock()
+    with pytest.raises(RuntimeError):
+        solve(halve, [1] * 100, max_iters=3)
+    assert halve.call_count == 3, f"max_iters = 3 made {halve.call_count} backups"
 
 
-def test_solve_counts_its_backups():
-    """It stops once the change is within `tol`, and after `max_iters` backups says how far it got."""
-    changes = []
-
-    def halve(q):
-        changes.append(t(q) / 2)
-        return t(q) / 2
-    solve(halve, [1.], tol=0.1)                                          # changes ½, ¼, ⅛, 1/16
-    assert len(changes) <= 5, f"tol is ignored: {len(changes)} backups where 4 are enough"
-    changes.clear()
-    with pytest.raises(RuntimeError, match=r"0\.125|1\.25[0]*e-0?1"):      # the residual after three backups: ⅛
-        solve(halve, [1.], tol=1e-3, max_iters=3)
-    assert len(changes) == 3, f"max_iters = 3 made {len(changes)} backups"
-
-
-@pytest.mark.parametrize("backup", (lambda q: t(q) + 1, lambda q: 10 * t(q), lambda q: -t(q), lambda q: t(q) + NAN))
-def test_solve_never_returns_what_has_not_converged(backup):
+@pytest.mark.parametrize("factor, shift", [(1, 1), (10, 0), (-1, 0), (1, NAN)])
+def test_solve_never_returns_what_has_not_converged(factor, shift):
     """Growing, overflowing, flipping and NaN tables are a RuntimeError."""
     with pytest.raises(RuntimeError):
-        solve(backup, [1., -1.], max_iters=500)
+        solve(lambda q: factor * q + shift, [1, -1], max_iters=500)
+
+
+TOKEN_POLICY = small_table((.25, .75, .5, .5, 1), (.5, .5, .25, .75, 1), invalid=0)
 
 
 def test_action_policy_by_hand():
-    """π(a) is the product of its tokens' probabilities."""
-    token_policy = small_table((.25, .75, .5, .5, 1), (.5, .5, .25, .75, 1), invalid=0.)             # a|b|b c|b a|b a c
-    near(action_policy(token_policy, small_mdp()), [[.25, .375, .375], [.5, .125, .375]], "not the chain rule", {
-        "only the last token": [[.25, .5, 1], [.5, .25, 1]], "only the first token": [[.25, .75, .75], [.5, .5, .5]],
-        "sum instead of product": [[.25, 1.25, 2.25], [.5, .75, 2.25]],
-        "the last token is left out": [[1, .75, .375], [1, .5, .375]],
-        "the first token is left out": [[1, .5, .5], [1, .25, .75]]})
+    # ¼, ¾·½, ¾·½·1; ½, ½·¼, ½·¾·1; a table may be a list
+    policy = action_policy(TOKEN_POLICY.tolist(), small_mdp())
+    near(policy, [[.25, .375, .375], [.5, .125, .375]], "not the chain rule", {
+        "only the last token": [[.25, .5, 1], [.5, .25, 1]],
+        "sum instead of product": [[.25, 1.25, 2.25], [.5, .75, 2.25]]})
 
 
 def test_action_policy_lets_the_gradient_through():
-    """The derivative of a product by one factor is the product of the others."""
-    token_policy = small_table((.25, .75, .5, .5, 1), (.5, .5, .25, .75, 1), invalid=0.).requires_grad_()
-    backward(action_policy(token_policy, small_mdp())[0, 2])                                         # b: ¾, a: ½, c: 1
-    near(token_policy.grad, small_table((0, .5, 0, .75, .375), [0] * 5, invalid=0.), "not the gradient of the product")
+    """The derivative of a product by one factor is the product of the others: ¾ · ½ · 1."""
+    token_policy = TOKEN_POLICY.clone().requires_grad_()
+    backward(action_policy(token_policy, small_mdp())[0, 2])
+    right = small_table((0, .5, 0, .75, .375), [0] * 5, invalid=0)
+    near(token_policy.grad, right, "not the derivative of the product")
 
 
-@ON_RANDOM_MDPS
-def test_action_policy_inverts_conditioning(seed):
-    """A random action policy, conditioned token by token, comes back."""
-    mdp = random_mdp(seed)
-    kwargs, token_kwargs = settings("policy", mdp)
-    near(action_policy(token_kwargs["policy"], mdp), kwargs["policy"], "the chain rule does not invert conditioning")
-
-
-def test_action_policy_refuses_bad_input():
-    """A token policy of another shape."""
-    refuses(lambda: action_policy(torch.ones(2, 4, 3), small_mdp()), "(2, 4, 3)", "(2, 3, 3)")
-
-
-# ------------------------------------------------------------------ credit over a stream of tokens
-
-
-def gae_loop(rewards, values, discounts, lambdas, last):
-    """GAE of one row without gaps, from its definition."""
-    advantages, trace = [], 0.
-    for r, v, d, lam in reversed(list(zip(rewards, values, discounts, lambdas))):
-        trace = r + d * last - v + d * lam * trace
-        advantages, last = [trace, *advantages], v
-    return advantages
+# ------------------------------------------------------------------ credit over a token stream
 
 
 @WITH_ALL_MASKS
 def test_bad_discounts_by_hand(dtype):
-    """γ_w inside an action, γ after its last token, 0 after the last token of a finished episode."""
+    """γ_w inside an action, γ after its last token, 0 after that of a finished episode."""
     # three tokens | one token, episode over | two tokens; `done` inside an action says nothing
-    end, done = torch.tensor([[[0, 0, 1, 1, 0, 1]], [[1, 0, 0, 1, 1, 0]]]).to(dtype)
-    near(bad_discounts(end, done, 0.5, 0.25), [[.25, .25, .5, 0, .25, .5]], "not γ_w, γ or 0 where they belong", {
+    end = torch.tensor([[0, 0, 1, 1, 0, 1]]).to(dtype)
+    done = torch.tensor([[1, 0, 0, 1, 1, 0]]).to(dtype)
+    near(bad_discounts(end, done, 0.5, 0.25), [[.25, .25, .5, 0, .25, .5]], "not γ_w, γ or 0", {
         "gamma was applied inside the action": [[.5, .5, .5, 0, .5, .5]],
-        "gamma was applied inside the action, gamma_token at its end": [[.5, .5, .25, 0, .5, .25]],
         "bootstrapped across an episode's end": [[.25, .25, .5, .5, .25, .5]],
         "`done` was read inside an action": [[0, .25, .5, 0, 0, .5]],
-        "`done` is upside down": [[.25, .25, 0, .5, .25, 0]],
-        "gamma_token survives an episode's end": [[.25, .25, .5, .25, .25, .5]],
-        "gamma times gamma_token at the action's end": [[.25, .25, .125, 0, .25, .125]]})
-    near(bad_discounts(end, done, 0.5), [[1, 1, .5, 0, 1, .5]], "gamma_token is 1 unless told otherwise", {
-        "gamma was applied inside the action": [[.5, .5, .5, 0, .5, .5]]})
-    near(bad_discounts(end.view(1, 2, 3), done.view(1, 2, 3), 0.5), [[[1, 1, .5], [0, 1, .5]]], "of any shape")
-    exact_end = torch.ones(1, 2, dtype=torch.float64)
-    near(bad_discounts(exact_end, t([[0, 1]]), 0.9, 0.3), [[.9, 0]], "γ rounded to float32", tol=1e-12)
-    near(bad_discounts(0 * exact_end, t([[0, 1]]), 0.9, 0.3), [[.3, .3]], "γ_w rounded to float32", tol=1e-12)
+        "`done` is upside down": [[.25, .25, 0, .5, .25, 0]]})
+    right = [[1, 1, .5, 0, 1, .5]]
+    near(bad_discounts(end.tolist(), done.tolist(), 0.5), right, "gamma_token is 1 unless told")
+    near(bad_discounts(t([[0, 1]]), t([[0, 0]]), 0.9, 0.3), [[.3, .9]], "rounded", tol=1e-12)
 
 
-def test_bad_discounts_refuses_bad_input():
-    """γ or γ_w outside [0, 1] or not a number, and masks of different shapes."""
-    mask = torch.ones(2, 3)
-    for bad in (1.5, -0.1, NAN):
-        refuses(lambda: bad_discounts(mask, mask, bad), "gamma")
-        refuses(lambda: bad_discounts(mask, mask, 0.5, bad), "gamma_token")
-    refuses_shapes(bad_discounts, 2, 0.5)
-
-
-# two 2-token actions; γ = ½ between them, the episode ends after the second; λ = ¼ at action ends
-R, V, D, LAM = [0., 2., 0., 4.], [1., 2., 3., 4.], [1., .5, 1., 0.], [1., .25, 1., .25]
-ADVANTAGES = [2.625, 1.625, 1., 0.]
+# two actions of two tokens; γ = ½ between them, the episode ends after the second; λ = ¼ at ends
+STREAM = t([[[0, 2, 0, 4]], [[1, 2, 3, 4]], [[1, .5, 1, 0]], [[1, .25, 1, .25]]])  # r, v, γ, λ
+ADVANTAGES = [2.625, 1.625, 1, 0]
+RETURNS = [3.625, 3.625, 4, 4]
 
 
 def test_gae_by_hand():
     """δ_n = r_n + γ_n v_{n+1} - v_n, A_n = δ_n + γ_n λ_n A_{n+1}, returns A + v."""
-    # δ = (0+2-1, 2+½·3-2, 0+4-3, 4+0-4) = (1, 1½, 1, 0); A₃ = 0, A₂ = 1+0, A₁ = 1½+½·¼·1, A₀ = 1+A₁
-    advantages, returns = gae(t([R]), t([V]), t([D]), t([LAM]), torch.ones(1, 4), t([8.]))
+    # δ = (0+2-1, 2+½·3-2, 0+4-3, 4+0-4) = (1, 1½, 1, 0)
+    # A₃ = 0, A₂ = 1 + 0, A₁ = 1½ + ½·¼·1, A₀ = 1 + A₁
+    advantages, returns = gae(*STREAM, torch.ones(1, 4), t([8]))
     near(advantages, [ADVANTAGES], "not the GAE recurrence", {
-        "bootstrapped across an episode's end": [[3.125, 2.125, 5, 4]],           # A₃ = 4+½·8-4, A₂ = 1+4, …
-        "lambda forgotten at the action's boundary": [[3, 2, 1, 0]],              # A₁ = 1½+½·1
-        "lambda applied inside the action": [[1.40625, 1.625, 1, 0]],             # A₀ = 1+¼·A₁
-        "lambdas shifted by one": [[1.5, 2, 1, 0]],                               # A₁ = 1½+½·1, A₀ = 1+¼·2
-        "the trace is not discounted": [[2.75, 1.75, 1, 0]], "only the one-step errors δ, no trace": [[1, 1.5, 1, 0]],
-        "values shifted by one: v_n in place of v_{n+1}": [[1, 1, 0, 0]],
-        "the next value is not discounted": [[5.125, 4.125, 9, 8]],               # δ = (1, 2+3-2, 1, 4+8-4)
-        "the values are not subtracted": [[6.5, 4.5, 8, 4]],                      # δ = (0+2, 2+½·3, 0+4, 4)
-        "the values are ignored": [[2.5, 2.5, 4, 4]],                             # δ = R
-        "the reward is lost where an episode ends": [[2.125, 1.125, -3, -4]],     # A₃ = 0-4, A₂ = 1-4, A₁ = 1½+½·¼·A₂
-        "returns and advantages swapped": [[3.625, 3.625, 4, 4]]})
-    near(returns, [[3.625, 3.625, 4, 4]], "returns are advantages + values", {
-        "a true zero counted as missing": [[3.625, 3.625, 4, 0]], "values subtracted": [[1.625, -.375, -2, -4]],
-        "returns without the values": [ADVANTAGES]})
+        "bootstrapped across an episode's end": [[3.125, 2.125, 5, 4]],  # A₃ = 4 + ½·8 - 4
+        "lambda forgotten at the action's end": [[3, 2, 1, 0]],  # A₁ = 1½ + ½·1
+        "lambda applied inside the action": [[1.40625, 1.625, 1, 0]],  # A₀ = 1 + ¼·A₁
+        "trace not discounted": [[2.75, 1.75, 1, 0]], "only δ, no trace": [[1, 1.5, 1, 0]]})
+    near(returns, [RETURNS], "returns are advantages + values", {
+        "a true zero counted as missing": [[3.625, 3.625, 4, 0]], "no values": [ADVANTAGES]})
+
+
+def test_gae_gives_lambda_returns():
+    """G_n = r_n + γ_n ((1 - λ_n) v_{n+1} + λ_n G_{n+1}), with any numbers."""
+    noise = torch.Generator().manual_seed(0)
+    r, v, gamma, lambdas = torch.rand(4, 3, 9, generator=noise, dtype=torch.float64)
+    last = t([[3], [-2], [1]])
+    for lam in (lambdas, 0.5, 0, 1):
+        advantages, g = gae(r, v, gamma, lam, torch.ones(3, 9), last[:, 0])
+        next_v = torch.cat([v[:, 1:], last], 1)
+        next_g = torch.cat([g[:, 1:], last], 1)
+        near(g, r + gamma * ((1 - lam) * next_v + lam * next_g), "not the λ-returns")
+        near(advantages, g - v, "returns are advantages + values")
 
 
 def test_gae_bootstraps_after_the_last_written_token():
     """`last_values` follows the row's last written token, weighed by that token's discount."""
     # r = (0, 2), v = (1, 2), γ = (1, ½): A₁ = 2 + ½·6 - 2 = 3, A₀ = 0 + 2 - 1 + 3 = 4
-    row = t([[0, 2, 0]]), t([[1, 2, 7]]), t([[1, .5, .5]])
-    near(gae(*row, 1., torch.tensor([[1, 1, 0]]), t([6.]))[0], [[4, 3, 0]], "wrong bootstrap", {
-        "last_values ignored, or the next slot read instead of the next written token": [[1, 0, 0]],
-        "padding contents leaked: a masked value was used": [[4.5, 3.5, 0]],
-        "padding contents leaked: the mask is ignored": [[2.5, 1.5, -4]],         # A₂ = ½·6-7, A₁ = 2+½·7-2+½·A₂
-        "last_values undiscounted, or counted twice, as value and as advantage": [[7, 6, 0]]})
-    near(gae(*t([[[0.]], [[0.]], [[1.]]]), 1., torch.ones(1, 1), t([5.]))[0], [[5]], "one slot: A = last value", {
-        "last_values counts twice, as value and as advantage": [[10]]})
+    row = t([[[0, 2, 0]], [[1, 2, 7]], [[1, .5, .5]]])
+    advantages, _ = gae(*row, 1.0, torch.tensor([[1, 1, 0]]), t([6]))
+    near(advantages, [[4, 3, 0]], "wrong bootstrap", {
+        "last_values ignored, or the next slot read, not the next written token": [[1, 0, 0]],
+        "a masked value was used": [[4.5, 3.5, 0]], "undiscounted": [[7, 6, 0]]})
 
 
-def test_gae_time_limit_is_not_a_termination():
-    """A time limit enters as r + γ V(o_next) with discount 0; nothing of the next episode is seen."""
-    # A₁ = (2 + ½·6) - 2 = 3, A₀ = 0 + 2 - 1 + ½·3, as if the stream had stopped there with last value 6
-    for later in (7., -7.):
-        cut = t([[0, 2 + .5 * 6, later]]), t([[1, 2, later]]), t([[1, 0, 1]])
-        near(gae(*cut, .5, torch.ones(1, 3), t([9.]))[0][:, :2], [[2.5, 3]], "the next episode leaked into this one", {
-            "time limit treated as termination": [[1, 0]], "lambda forgotten": [[4, 3]]})
+def test_gae_time_limit_enters_as_a_reward():
+    """As r + γ V(o_next) with discount 0: A₁ = (2 + ½·6) - 2 = 3, A₀ = 0 + 2 - 1 + ½·3."""
+    cut = t([[[0, 2 + .5 * 6, 7]], [[1, 2, -7]], [[1, 0, 1]]])  # then comes another episode
+    advantages, _ = gae(*cut, 0.5, torch.ones(1, 3), t([9]))
+    near(advantages[:, :2], [[2.5, 3]], "the next episode leaked into this one")
 
 
 @WITH_ALL_MASKS
-@pytest.mark.parametrize("junk", (100., NAN, INF))
+@pytest.mark.parametrize("junk", [100, NAN, INF])
 def test_gae_cuts_gaps_out(junk, dtype):
-    """Masked slots anywhere, with anything in them, change nothing; a row of padding gives zeros."""
-    where, mask = [1, 2, 4, 7], torch.zeros(2, 9)                        # the example above, at slots 1, 2, 4, 7 of 9
+    """The example above at slots 1, 2, 4, 7 of the first row, and a row of padding only."""
+    where = [1, 2, 4, 7]
+    mask = torch.zeros(2, 9)
     mask[0, where] = 1
-    stream = [torch.full((2, 9), junk, dtype=torch.float64) for _ in range(4)]
-    for x, row in zip(stream, (R, V, D, LAM)):
-        x[0, where] = t(row)
-    advantages, returns = gae(*stream, mask.to(dtype), t([8., 3.]))
-    near(advantages[0, where], ADVANTAGES, "padding contents leaked, or a gap is not cut out")
-    near(returns[0, where], [3.625, 3.625, 4, 4], "padding contents leaked, or a gap is not cut out")
-    for x in (advantages, returns):
-        near(x[mask == 0], torch.zeros(14), "masked slots must be zero")
+    stream = torch.full((4, 2, 9), junk, dtype=torch.float64)
+    stream[:, 0, where] = STREAM[:, 0]
+    both = torch.stack(gae(*stream, mask.to(dtype), t([8, 3])))  # (2, B, N)
+    near(both[:, 0, where], [ADVANTAGES, RETURNS], "padding leaked, or a gap is not cut out")
+    near(both[:, mask == 0], [[0] * 14] * 2, "masked slots must be zero")
 
 
-@pytest.mark.parametrize("slots", (1, 2, 3, 8, 67))
-def test_gae_agrees_with_the_loop(slots):
-    """On random streams with gaps it is the plain loop over the written tokens, to 1e-10."""
-    noise = torch.Generator().manual_seed(slots)
-    rewards, values, last = torch.randn(3, 5, slots, generator=noise, dtype=torch.float64)
-    discounts, lambdas, chance, gap = torch.rand(4, 5, slots, generator=noise, dtype=torch.float64)
-    discounts, mask = torch.where(chance < 0.1, 0., discounts ** 0.1), gap > 0.4
-    mask[0], mask[1] = False, True
-    for lam in (lambdas, 0.9, 0, 1):
-        what, expected = "(B, N)" if lam is lambdas else lam, torch.zeros_like(rewards)
-        for b, m in enumerate(mask):
-            rows = [x[b, m].tolist() for x in (rewards, values, discounts, lambdas * 0 + lam)]
-            expected[b, m] = t(gae_loop(*rows, float(last[b, 0])))
-        advantages, returns = gae(rewards, values, discounts, lam, mask, last[:, 0])
-        near(advantages, expected, f"not the loop over the written tokens ({slots} slots, lambdas {what})", tol=1e-10)
-        near(returns, torch.where(mask, expected + values, 0.), "returns are advantages + values", tol=1e-10)
-
-
-@pytest.mark.parametrize("lam", (0., 0.5, 0.95, 1.))
-@pytest.mark.parametrize("lengths", ((1, 1, 1, 1), (5, 1, 3, 2), (2, 2, 7, 1)))
-def test_gae_first_token_has_the_action_level_advantage(lengths, lam):
-    """Identity 6: with λ_w = γ_w = 1 an action's first token has action-level GAE(λ), whatever the tokenisation."""
-    level, stream, first = ([1., -2., 3., .5], [.5, 1., -1., 2.], [.9] * 4, [lam] * 4), [], []
-    for n, (r, v, d, lam_end) in zip(lengths, zip(*level)):
-        first.append(len(stream))
-        inside = [(r * (j == n - 1), math.sin(7 * j + n), 1., 1.) for j in range(n)]     # any values inside an action
-        inside[0] = (inside[0][0], v, 1., 1.)
-        stream += [*inside[:-1], (*inside[-1][:2], d, lam_end)]
-    advantages, _ = gae(*t(stream).T[:, None], torch.ones(1, len(stream)), t([4.]))
-    whole, _ = gae(*t(level)[:, None], torch.ones(1, 4), t([4.]))
-    near(advantages[0, first], whole[0], "the advantage depends on the tokenisation: lambda inside?")
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
+def test_gae_first_token_has_the_action_level_advantage(lam):
+    """Identity 6: with γ_w = λ_w = 1, whatever the tokenisation: here of 3, 1 and 2 tokens."""
+    rewards = t([[0, 0, 1, -2, 0, 3]])
+    values = t([[.5, 7, -4, 1, -1, 5]])  # anything inside an action
+    end = t([[0, 0, 1, 1, 0, 1]])
+    first = [0, 3, 4]
+    last = [2, 3, 5]
+    mask = torch.ones(1, 6)
+    tokens, _ = gae(rewards, values, 1 - .1 * end, 1 - (1 - lam) * end, mask, t([4]))
+    stream = rewards[:, last], values[:, first], .9 * end[:, last]
+    whole, _ = gae(*stream, lam, mask[:, last], t([4]))
+    near(tokens[:, first], whole, "depends on the tokenisation: lambda inside?", tol=1e-6)
 
 
 def test_gae_lambda_at_every_token_loses_credit():
-    """A 5-token action worth 1 keeps .95⁴ = .8145 at its first token if λ decays per token, and 1 if not."""
-    row = t([[0, 0, 0, 0, 1]]), torch.zeros(1, 5).double(), t([[1, 1, 1, 1, 0]])
-    for lam, kept in ((0.95, 0.95 ** 4), (t([[1, 1, 1, 1, .95]]), 1.)):
-        near(gae(*row, lam, torch.ones(1, 5), t([0.]))[0][0, 0], kept, "not λ once per step between tokens", {
-            "lambda ignored": 1., "lambda also decays before the first token": .95 ** 5,
-            "the action end's lambda is used inside": .95 ** 4})
+    """Of a 5-token action worth 1 the first token keeps .95⁴ = .8145 if λ decays per token."""
+    row = t([[[0, 0, 0, 0, 1]], [[0] * 5], [[1, 1, 1, 1, 0]]])
+    advantages, _ = gae(*row, 0.95, torch.ones(1, 5), t([0]))
+    near(advantages[0, 0], 0.95 ** 4, "not λ once per step between tokens", tol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_gae_targets_are_constants(dtype):
+def test_gae_targets_are_constants():
     """No gradient, the dtype of the values, and untouched inputs."""
-    given = [t([R]), torch.tensor([V], dtype=dtype), t([D]), t([LAM])]
-    copies = [x.clone() for x in given]
-    given[1].requires_grad_()
-    for x in gae(*given, torch.tensor([[1, 1, 1, 0]]), t([1.])):
+    given = STREAM.float().requires_grad_()
+    for x in gae(*given, torch.tensor([[1, 1, 1, 0]]), torch.ones(1)):
         assert not x.requires_grad, "the critic would be trained through its own target: detach"
-        assert x.dtype == dtype, f"values are {dtype}, but {x.dtype} came out"
-    assert all(map(torch.equal, given, copies)), "an input was changed in place"
+        assert x.dtype == torch.float32, f"values are float32, but {x.dtype} came out"
+    near(given, STREAM, "an input was changed in place")
 
 
-def test_gae_refuses_bad_input():
-    """Shapes that disagree, λ or γ outside [0, 1], a non-finite reward on a real token."""
-    x, last = torch.ones(2, 3), torch.ones(2)
-    refuses_shapes(gae, 5, last)
-    refuses(lambda: gae(x, x, x, x, x, torch.ones(3)), "last_values", "(3,)")
-    refuses(lambda: gae(x, x, x, x, x, torch.ones(2, 1)), "last_values", "(2, 1)")
-    for position, word, values in ((0, "reward", (NAN, INF, -INF)), (2, "discount", (-.1, 1.5, NAN)),
-                                   (3, "lambda", (-.1, 1.5, NAN))):
-        for bad in values:
-            args = [x.clone() for _ in range(5)]
-            args[position][1, 1] = bad
-            refuses(lambda: gae(*args, last), word)
-    refuses(lambda: gae(x, x, x, -0.1, x, last), "lambda")
-
-
-# ------------------------------------------------------------------ PPO losses
+# ------------------------------------------------------------------ losses
 
 
 @WITH_ALL_MASKS
 def test_masked_mean_over_real_tokens(dtype):
-    """Σ m x / Σ m, with gradient 1/n on real tokens and 0 elsewhere."""
-    x = torch.tensor([[1., 0., NAN], [8., INF, -100.]], dtype=torch.float64, requires_grad=True)
+    x = t([[1, 0, NAN], [8, INF, -100]]).requires_grad_()
     mean = masked_mean(x, torch.tensor([[1, 1, 0], [1, 0, 0]]).to(dtype))
-    near(mean, 3, "not the mean over real tokens", {                     # (1 + 0 + 8) / 3
-        "divided by all slots, padding too": 1.5, "a true zero counted as missing": 4.5, "sum instead of mean": 9,
-        "mean of the rows' means: every token counts alike": 4.25})
+    near(mean, 3, "not the mean over real tokens", {  # (1 + 0 + 8) / 3
+        "divided by all slots": 1.5, "a true zero counted as missing": 4.5,
+        "sum instead of mean": 9, "mean of the rows' means": 4.25})
     backward(mean)
-    near(x.grad, [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]], "padding contents leaked into the gradient")
-
-
-def test_masked_mean_refuses_bad_input():
-    """A mean over nothing, and shapes that disagree."""
-    refuses(lambda: masked_mean(torch.ones(2, 3), torch.zeros(2, 3)))
-    refuses_shapes(masked_mean, 2)
+    near(x.grad, [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]], "padding leaked into the gradient")
 
 
 @WITH_ALL_MASKS
 def test_normalize_over_real_tokens(dtype):
-    """Mean 0 and population std 1 over the real tokens, zero elsewhere."""
-    x, mask = t([[0., 0., NAN], [4., INF, 4.]]), torch.tensor([[1, 1, 0], [1, 0, 1]]).to(dtype)   # mean 2, std 2
+    x = t([[0, 0, NAN], [4, INF, 4]])  # mean 2, population std 2
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]]).to(dtype)
     right = t([[-1, -1, 0], [1, 0, 1]])
     near(normalize(x, mask), right, "not (x - mean) / std over the real tokens", {
-        "population std expected, not the sample std": right * .75 ** .5, "not divided by the std": 2 * right,
-        "divided by the variance": right / 2, "not centred": [[0, 0, 0], [2, 0, 2]],
-        "a true zero counted as missing": 0}, tol=1e-6)
-    near(normalize(t([[1., 3., 100.]]), torch.tensor([[1, 1, 0]]).to(dtype)), [[-1, 1, 0]],
-         "advantage normalised with padding", {"masked slots must be zero": [[-1, 1, 98]]}, tol=1e-6)
-    near(normalize(t([[5., 5., 9.]]), torch.tensor([[1, 1, 0]])), [[0, 0, 0]], "constants must give zeros")
-    near(normalize(t([[3., 9.]]), torch.tensor([[1, 0]])), [[0, 0]], "one token: population std expected")
-    near(normalize(t([[-1e-4, 1e-4]]), torch.ones(1, 2)), [[-1, 1]], "eps too large, or inside the root", tol=1e-3)
-    near(normalize(t([[-1e-8, 1e-8]]), torch.ones(1, 2)), [[-.5, .5]], "1e-8 is added to the std", tol=1e-6)
-
-
-def test_normalize_refuses_bad_input():
-    """Nothing to normalise, and shapes that disagree."""
-    refuses(lambda: normalize(torch.ones(2, 3), torch.zeros(2, 3)))
-    refuses_shapes(normalize, 2)
-
-
-RATIO, ADVANTAGE = [1.5, 0.5, 1.5, 0.5, 1.125], [2., 4., -2., -6., 4.]
+        "population std expected, not the sample std": right * math.sqrt(3 / 4),
+        "not divided by the std": 2 * right, "divided by the variance": right / 2}, tol=1e-6)
+    near(normalize(t([[5, 5]]), torch.ones(1, 2)), [[0, 0]], "constants must give zeros")
+    small = normalize(t([[-1e-8, 1e-8]]), torch.ones(1, 2))
+    near(small, [[-.5, .5]], "1e-8 is added to the std", tol=1e-6)
 
 
 def ppo_example(dtype=torch.bool):
-    """Log-probs, old log-probs, advantages and mask of five real tokens and one slot of padding."""
-    logp = torch.tensor([math.log(r) - 1 for r in RATIO] + [NAN], dtype=torch.float64).view(2, 3).requires_grad_()
-    old, advantages = t([[-1.] * 5 + [-INF], ADVANTAGE + [NAN]]).view(2, 2, 3)
-    return logp, old, advantages, torch.tensor([[1, 1, 1], [1, 1, 0]]).to(dtype)
+    """Log-probs, old log-probs, advantages and mask of five real tokens and one of padding."""
+    ratio = t([[1.5, .5, 1.5], [.5, 1.125, NAN]])
+    logp = ratio.log() - 1
+    advantages = t([[2, 4, -2], [-6, 4, NAN]])
+    return logp.requires_grad_(), 0 * ratio - 1, advantages, (ratio > 0).to(dtype)
 
 
 @WITH_ALL_MASKS
 def test_ppo_policy_loss_by_hand(dtype):
-    """-mean of min(ratio · A, clipped ratio · A): above, below and inside the clip, with both signs."""
-    # min(3, 2.4) + min(2, 3.2) + min(-3, -2.4) + min(-3, -4.8) + 4.5 = 2.4 + 2 - 3 - 4.8 + 4.5 = 1.1
-    near(ppo_policy_loss(*ppo_example(dtype))[0], -1.1 / 5, "not PPO's clipped objective", {
-        "min and max swapped in the clipped objective": -5.3 / 5,                # 3 + 3.2 - 2.4 - 3 + 4.5
-        "ratio upside down": -(4 / 3 + 4.8 - 1.6 - 12 + 32 / 9) / 5,              # ratios ⅔, 2, ⅔, 2, 8/9
-        "the sign is wrong: a loss is minimised": 1.1 / 5,
-        "nothing is clipped": -3.5 / 5,                                           # 3 + 2 - 3 - 3 + 4.5
-        "the minimum is missing: always clipped": -2.9 / 5,                       # 2.4 + 3.2 - 2.4 - 4.8 + 4.5
-        "sum instead of mean": -1.1, "divided by all slots, padding too": -1.1 / 6})
+    loss, _ = ppo_policy_loss(*ppo_example(dtype))
+    # min(3, 2.4) + min(2, 3.2) + min(-3, -2.4) + min(-3, -4.8) + 4.5 = 1.1
+    near(loss, -1.1 / 5, "not PPO's clipped objective", {
+        "min and max swapped": -5.3 / 5,  # 3 + 3.2 - 2.4 - 3 + 4.5
+        "the sign is wrong": 1.1 / 5, "nothing is clipped": -3.5 / 5,  # 3 + 2 - 3 - 3 + 4.5
+        "the minimum is missing: always clipped": -2.9 / 5,  # 2.4 + 3.2 - 2.4 - 4.8 + 4.5
+        "sum instead of mean": -1.1, "divided by all slots": -1.1 / 6})
 
 
 def test_ppo_policy_loss_gradient():
-    """-ratio · A / n where the unclipped term is the smaller, exactly 0 where the clip holds and on padding."""
+    """-ratio · A / n where the unclipped term is the smaller; 0 where clipped, and on padding."""
     logp, *rest = ppo_example()
     backward(ppo_policy_loss(logp, *rest)[0])
-    # high ratio, A > 0: clipped | low, A > 0: -½·4 | high, A < 0: 1½·2 | low, A < 0: clipped | inside: -1⅛·4 | padding
+    # clipped | -½·4 | 1½·2 | clipped | inside: -1⅛·4 | padding
     near(logp.grad, [[0, -2 / 5, 3 / 5], [0, -4.5 / 5, 0]], "the gradient is not -ratio · A / n", {
         "the clip does not stop the gradient": [[-3 / 5, -2 / 5, 3 / 5], [3 / 5, -4.5 / 5, 0]],
-        "the clip also stops tokens on their way back": [[0, 0, 0], [0, -4.5 / 5, 0]], "no gradient at all": 0,
-        "min and max swapped in the clipped objective": [[-3 / 5, 0, 0], [3 / 5, -4.5 / 5, 0]]})
-
-
-def test_ppo_policy_loss_first_step_is_the_policy_gradient():
-    """At ratio 1 the loss is -mean A and its gradient -A / n; whole actions (B, T) work as tokens do."""
-    logp = torch.full((3, 1), -0.7, dtype=torch.float64, requires_grad=True)
-    loss, info = ppo_policy_loss(logp, logp.detach(), t([[1.], [-2.], [4.]]), torch.ones(3, 1))
-    backward(loss)
-    near(loss, -1, "at ratio 1 the loss is minus the mean advantage")
-    near(logp.grad, [[-1 / 3], [2 / 3], [-4 / 3]], "at ratio 1 the gradient is -A / n")
-    info |= {"at the edge": ppo_policy_loss(logp, logp.detach(), *torch.ones(2, 3, 1), clip=0.)[1]["clip_fraction"]}
-    near([float(x) for x in info.values()], [0, 0, 0], "at ratio 1 kl and clip_fraction are 0, also with clip = 0")
+        "the clip also stops tokens on their way back": [[0, 0, 0], [0, -4.5 / 5, 0]]})
 
 
 def test_ppo_policy_loss_info():
-    """kl is the mean of ratio - 1 - log ratio, clip_fraction the share of |ratio - 1| > clip, both detached."""
     _, info = ppo_policy_loss(*ppo_example())
-    log = math.log(81 / 128) / 5                                           # mean log ratio; the ratios sum to 5⅛,
-    kl = .125 / 5 - log                                                    # and those upside down to 56/9
+    log = math.log(81 / 128) / 5  # the mean log ratio; the ratios sum to 5⅛
+    kl = .125 / 5 - log
     near(float(info["kl"]), kl, "kl is not the mean of ratio - 1 - log ratio", {
-        "-log ratio alone, which can be negative": -log, "sign of the kl": -kl, "the -1 is missing": kl + 1,
-        "divided by all slots, padding too": kl * 5 / 6, "log ratio added instead of subtracted": kl + 2 * log,
-        "ratio upside down": (56 / 9 - 5) / 5 + log})
+        "-log ratio alone": -log, "no -1": kl + 1, "divided by all slots": kl * 5 / 6})
     near(float(info["clip_fraction"]), 4 / 5, "four of five ratios lie outside 1 ± .2", {
-        "only one side of the clip is counted": 2 / 5, "share of tokens that are not clipped": 1 / 5,
-        "divided by all slots, padding too": 4 / 6}, tol=1e-6)
-    assert not any(getattr(x, "requires_grad", False) for x in info.values()), "diagnostics must be detached"
+        "only one side of the clip": 2 / 5, "divided by all slots": 4 / 6}, tol=1e-6)
+    for name, x in info.items():
+        assert not getattr(x, "requires_grad", False), f"{name} must be detached"
 
 
 def test_ppo_policy_loss_clip_range():
-    """`clip` sets the range 1 - clip … 1 + clip, in the loss and in clip_fraction."""
-    args = t([[math.log(2), math.log(.25)]]), torch.zeros(1, 2), t([[1., -1.]]), torch.ones(1, 2)
-    near(ppo_policy_loss(*args, clip=.5)[0], -(1.5 - .5) / 2, "not 1 - clip … 1 + clip", {"clip is ignored": -.2})
-    fraction = float(ppo_policy_loss(*args, clip=.9)[1]["clip_fraction"])          # |2 - 1| > .9 but |¼ - 1| < .9
-    near(fraction, .5, "not the share of |ratio - 1| > clip", {"clip is ignored": 1})
-
-
-def test_ppo_policy_loss_refuses_bad_input():
-    """A mean over nothing, shapes that disagree, a negative clip."""
-    refuses(lambda: ppo_policy_loss(*torch.zeros(4, 2, 3)))
-    refuses(lambda: ppo_policy_loss(*torch.ones(4, 2, 3), clip=-.1), "clip")
-    refuses_shapes(ppo_policy_loss, 4)
+    loss, info = ppo_policy_loss(*ppo_example(), clip=0.6)
+    near(loss, -3.5 / 5, "nothing lies outside 1 ± .6", {"clip is ignored": -1.1 / 5})
+    near(float(info["clip_fraction"]), 0, "nothing lies outside 1 ± .6", {"clip is ignored": .8})
 
 
 @WITH_ALL_MASKS
 def test_value_loss_is_half_the_squared_error(dtype):
-    """The mean of ½ (v - R)² over real tokens, with gradient (v - R) / n."""
-    values = torch.tensor([[1., 3.], [2., NAN]], dtype=torch.float64, requires_grad=True)
+    values = t([[1, 3], [2, NAN]]).requires_grad_()
     mask = torch.tensor([[1, 1], [1, 0]]).to(dtype)
-    loss = value_loss(values, t([[9., 9.], [9., INF]]), t([[0., 5.], [2., NAN]]), mask)
-    near(loss, 5 / 6, "not the mean of ½ (v - R)²", {                    # ½ (1 + 4 + 0) / 3
-        "the ½ is missing": 5 / 3, "divided by all slots, padding too": 5 / 8, "sum instead of mean": 5 / 2,
-        "a true zero counted as missing": 5 / 4, "the absolute error": 1 / 2})
+    loss = value_loss(values, t([[9, 9], [9, INF]]), t([[0, 5], [2, NAN]]), mask)
+    near(loss, 5 / 6, "not the mean of ½ (v - R)²", {  # ½ (1 + 4 + 0) / 3
+        "the ½ is missing": 5 / 3, "divided by all slots": 5 / 8})
     backward(loss)
-    near(values.grad, [[1 / 3, -2 / 3], [0, 0]], "the gradient is not (v - R) / n, and 0 on padding")
+    near(values.grad, [[1 / 3, -2 / 3], [0, 0]], "not (v - R) / n, and 0 on padding")
 
 
-@pytest.mark.parametrize("value, old, target, clip, free, clipped, gradient, why", [
-    (4., 2., 6., .5, 2., 6.125, 0., "v counts as 2½, which is farther from 6: ½·3½², no gradient"),
-    (4., 2., 1., .5, 4.5, 1.125, 3., "v counts as 2½, which is nearer to 1: ½·3² is larger"),
-    (0., 2., -2., .5, 2., 6.125, 0., "v counts as 1½, which is farther from -2: ½·3½², no gradient"),
-    (0., 2., 3., .5, 4.5, 1.125, -3., "v counts as 1½, which is nearer to 3: ½·3² is larger"),
-    (2.25, 2., 1., .5, .78125, .78125, 1.25, "v moved by ¼ only, nothing is clipped: ½·1¼²"),
-    (4., 2., 6., 0., 2., 8., 0., "clip = 0 is not None: v counts as 2, ½·4²")])
-def test_value_loss_clip(value, old, target, clip, free, clipped, gradient, why):
-    """With a clip: the larger of the errors of v and of old + clamp(v - old, -clip, clip)."""
-    values, loss = torch.tensor([[value, NAN]], dtype=torch.float64, requires_grad=True), max(free, clipped)
-    result = value_loss(values, t([[old, NAN]]), t([[target, INF]]), torch.tensor([[1, 0]]), clip=clip)
-    near(result, loss, why, {
-        "the ½ is missing": 2 * loss, f"always the clipped error, or min and max swapped ({why})": clipped,
-        f"clip is ignored, or min and max swapped, or v is not clipped around old_values ({why})": free})
-    backward(result)
+@pytest.mark.parametrize("value, target, clip, expected, gradient, why", [
+    (4, 6, .5, 6.125, 0, "v counts as 2½, which is farther from 6: ½·3½², no gradient"),
+    (4, 1, .5, 4.5, 3, "v counts as 2½, which is nearer to 1: ½·3² is larger"),
+    (0, -2, .5, 6.125, 0, "v counts as 1½, which is farther from -2: ½·3½², no gradient"),
+    (2.25, 1, .5, .78125, 1.25, "v moved by ¼ only, nothing is clipped: ½·1¼²"),
+    (4, 6, 0, 8, 0, "clip = 0 is not None: v counts as 2, ½·4²")])
+def test_value_loss_clip(value, target, clip, expected, gradient, why):  # old value: 2
+    values = t([[value, NAN]]).requires_grad_()
+    rest = t([[2, NAN]]), t([[target, INF]]), torch.tensor([[1, 0]])
+    loss = value_loss(values, *rest, clip)
+    near(loss, expected, why)
+    backward(loss)
     near(values.grad, [[gradient, 0]], f"the gradient does not follow the larger error: {why}")
 
 
-@pytest.mark.parametrize("clip", (None, 0.2))
-def test_value_loss_refuses_bad_input(clip):
-    """A mean over nothing, shapes that disagree, a negative clip."""
-    refuses(lambda: value_loss(*torch.ones(4, 2, 3), clip=-.1), "clip")
-    refuses(lambda: value_loss(*torch.zeros(4, 2, 3), clip))
-    refuses_shapes(value_loss, 4, clip)
+def misshapen(f, count, *rest):
+    """Calls of f in which one of `count` arguments has another shape, also one that broadcasts."""
+    for i in range(count):
+        for shape in ((2, 1), (3,)):
+            args = [torch.ones(2, 3) for _ in range(count)]
+            args[i] = torch.ones(shape)
+            yield partial(f, *args, *rest)
 
 
-@pytest.mark.parametrize("module", (poad, envs))
+def bad_calls():
+    """Shapes that disagree, an empty mask, a policy and a temperature together."""
+    for f, count in ((masked_mean, 2), (normalize, 2), (ppo_policy_loss, 4), (value_loss, 4)):
+        yield partial(f, *torch.zeros(count, 2, 3))
+        yield from misshapen(f, count)
+    yield from misshapen(bad_discounts, 2, 0.5)
+    yield from misshapen(gae, 5, torch.ones(2))
+    yield partial(gae, *torch.ones(5, 2, 3), torch.ones(2, 1))
+    yield partial(state_values, torch.ones(1, 2), torch.ones(1, 1))
+    yield partial(state_values, torch.ones(2), torch.ones(2), 1.0)
+    yield partial(action_backup, torch.ones(2, 4), small_mdp(), 0.5)
+    yield partial(token_backup, torch.ones(2, 4, 3), small_mdp(), 0.5, 1.0)
+    yield partial(action_policy, torch.ones(2, 4, 3), small_mdp())
+
+
+@pytest.mark.parametrize("call", list(bad_calls()))
+def test_refuses_bad_input(call):
+    with pytest.raises(ValueError):
+        call()
+
+
+@pytest.mark.parametrize("module", [poad, envs])
 def test_docstring_examples_are_true(module):
-    """The examples in docstrings are run; poad's exercise functions have one each."""
     results = doctest.testmod(module)
-    assert results.failed == 0, f"an example in {module.__name__}.py does not give what its docstring says"
-    assert module is envs or results.attempted >= 8
+    assert results.failed == 0, f"an example in {module.__name__}.py does not give what it says"
 
-
-NO_STEP = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler")  # where ppo_update is replaced
 
 # ------------------------------------------------------------------ helpers of the agent's tests
 
-AGENT_WORDS = ["wait", "<unk>", *"the in bowl salad eat put ice - cream now you see p0 p1 s0 s1 s2 s3".split(), "<eos>"]
-AGENT_PREFIX_MENU = ["eat ice-cream", "eat ice-cream now", "wait", "eat"]  # an entry begins another: eos or on
-AGENT_MENU = ["put the salad in the bowl", "wait", "put the bowl in the salad", "eat ice-cream now"]
-AGENT_PROMPTS = ["you", "you see the bowl", "you see the salad in the bowl", "you see the bowl", "you see wait wait"]
-AGENT_MENUS = [AGENT_MENU, AGENT_PREFIX_MENU, AGENT_PREFIX_MENU, AGENT_MENU, ["eat the salad now"]]
-ON_BOTH_LMS = pytest.mark.parametrize("kind", ("llama", "gpt2"))
+WORDS = "wait <unk> the in bowl salad eat put ice - cream now you see s0 s1 s2 <eos>".split()
+EOS = WORDS.index("<eos>")
+MENU = ["put the salad in the bowl", "wait", "put the bowl in the salad", "eat ice-cream now"]
+NESTED = ["eat ice-cream", "eat ice-cream now", "wait", "eat"]          # an entry begins another
+PROMPTS = ["you", "you see the bowl", "wait", "you see the salad in the bowl"]
+MENUS = [MENU, NESTED, NESTED, ["eat the salad now"]]
+ON_BOTH_LMS = pytest.mark.parametrize("kind", ["llama", "gpt2"])
+WITH_BOTH_CRITICS = pytest.mark.parametrize("critic", ["head", "copy"])
+WITH_ALL_POLICIES = pytest.mark.parametrize("policy", ["token", "action", "glam", "twosome"])
+
+# a token a word, but "ice-cream" is three; token 0 is a word and the padding, too
+CORE = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+CORE.pre_tokenizer = pre_tokenizers.Whitespace()
+TOKENIZER = PreTrainedTokenizerFast(
+    tokenizer_object=CORE, unk_token="<unk>", eos_token="<eos>", pad_token="wait")
 
 
-def _agent(kind="llama", critic="head", spread=0.2, **options):
-    """An agent with a random LM: `spread` of its weights .2 makes sharp distributions, .1 softer ones. Token 0 is a
-    word and at the same time the pad token; the one word "ice-cream" is three tokens. The critic's last layer, zero at
-    first, is made random."""
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(AGENT_WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="wait", unk_token="<unk>", eos_token="<eos>")
+def small_agent(kind="llama", critic="head", spread=0.2, fresh=False, **options):
+    """A random LM, the sharper the larger `spread`; a critic that is random or `fresh`, 0."""
+    sizes = dict(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2,
+                 num_attention_heads=4, initializer_range=spread)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if kind == "llama":
-            lm = LlamaForCausalLM(LlamaConfig(
-                vocab_size=len(AGENT_WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=64, initializer_range=spread))
+            lm = LlamaForCausalLM(LlamaConfig(intermediate_size=64, **sizes))
         else:
-            lm = GPT2LMHeadModel(GPT2Config(vocab_size=len(AGENT_WORDS), n_embd=32, n_layer=2, n_head=4, n_positions=64,
-                                            initializer_range=spread))
-        agent = LanguageAgent(lm, tokenizer, critic, **options)
-        for p in agent.head.parameters():
-            torch.nn.init.normal_(p)
+            lm = GPT2LMHeadModel(GPT2Config(**sizes))
+        lm.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
+        agent = LanguageAgent(lm, TOKENIZER, critic, **options)
+        if not fresh:
+            torch.nn.init.normal_(agent.critic["head"][-1].weight)
     return agent
 
 
-def _agent_ids(agent, text):
-    return agent.tokenizer(text).input_ids
+def rng():
+    return torch.Generator().manual_seed(0)
 
 
-def _agent_read(agent, prompt, written, lm=None):
-    """One plain forward pass, no padding, no cache: log p before every written token (L, V), and features (L, H)."""
-    ids = _agent_ids(agent, prompt) + list(written)
-    out = (lm or agent.lm)(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    before = slice(len(ids) - len(written) - 1, -1)
+def ids_of(text):
+    return TOKENIZER(text).input_ids
+
+
+def read(lm, prompt, ids):
+    """A plain forward pass, no padding, no cache: log p (L, V), features (L, H) before ids."""
+    begin = ids_of(prompt)
+    out = lm(torch.tensor([[*begin, *ids]]), output_hidden_states=True)
+    before = slice(len(begin) - 1, -1)
     return out.logits[0, before].log_softmax(-1), out.hidden_states[-1][0, before]
 
 
-def _agent_oracle(agent, prompt, menu):
-    """Brute force: {entry: (ids, log π of its tokens, their entropies)}, each token renormalised over the menu."""
-    ids, found = {entry: _agent_ids(agent, entry) + [agent.tokenizer.eos_token_id] for entry in menu}, {}
-    for entry, own in ids.items():
-        steps = []
-        for j, log_p in enumerate(_agent_read(agent, prompt, own)[0]):
-            allowed = sorted({other[j] for other in ids.values() if other[:j] == own[:j]})
-            log_pi = log_p[allowed].log_softmax(-1)
-            steps.append((log_pi[allowed.index(own[j])], -(log_pi.exp() * log_pi).sum()))
-        found[entry] = own, *map(torch.stack, zip(*steps))
-    return found
+def brute_force(agent, prompt, menu, text):
+    """log π and entropy of an entry's tokens, eos included: (2, L)."""
+    own = ids_of(text) + [EOS]
+    entries = [ids_of(x) + [EOS] for x in menu]
+    columns = []
+    for j, logp in enumerate(read(agent.lm, prompt, own)[0]):
+        allowed = sorted({entry[j] for entry in entries if entry[:j] == own[:j]})
+        log_pi = logp[allowed].log_softmax(-1)
+        entropy = -(log_pi.exp() * log_pi).sum()
+        columns.append(torch.stack([log_pi[allowed.index(own[j])], entropy]))
+    return torch.stack(columns, 1)
 
 
-def _agent_raw(agent, prompt, entry):
-    """Σ log p of an entry, unrestricted and without eos."""
-    ids = _agent_ids(agent, entry)
-    return _agent_read(agent, prompt, ids)[0][range(len(ids)), ids].sum()
+SCORES = {                          # from log p of an entry's tokens, eos last: right and wrong
+    "glam": lambda logp, text: logp[:-1].sum(),
+    "twosome": lambda logp, text: logp[:-1].sum() / len(text.split()),
+    "eos is counted": lambda logp, text: logp.sum(),
+    "a mean over tokens, not over words": lambda logp, text: logp[:-1].mean(),
+    "the prompt is not read: from the second token on": lambda logp, text: logp[1:-1].sum(),
+    "only the last token": lambda logp, text: logp[-2]}
 
 
-def _agent_log_policy(agent, prompt, menu, policy):
-    """Brute force: log π of every menu entry, (A,)."""
-    if policy in ("token", "action"):
-        return torch.stack([logp.sum() for _, logp, _ in _agent_oracle(agent, prompt, menu).values()])
-    words = torch.tensor([len(entry.split()) if policy == "twosome" else 1 for entry in menu])
-    return (torch.stack([_agent_raw(agent, prompt, entry) for entry in menu]) / words).log_softmax(0)
+def brute_score(agent, prompt, menu, name):
+    """One of SCORES for every entry of a menu, (A,)."""
+    scores = []
+    for text in menu:
+        ids = ids_of(text) + [EOS]
+        logp = read(agent.lm, prompt, ids)[0][range(len(ids)), ids]
+        scores.append(SCORES[name](logp, text))
+    return torch.stack(scores)
 
 
-def _agent_near(actual, expected, hint, tol=1e-4):
-    actual, expected = (torch.as_tensor(x, dtype=torch.float32).detach() for x in (actual, expected))
-    assert actual.shape == expected.shape, f"{hint}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    assert torch.allclose(actual, expected, rtol=tol, atol=tol), f"{hint}: got {actual}, expected {expected}"
+def brute_policy(agent, prompt, menu, policy):
+    """log π of every entry of a menu, (A,)."""
+    if policy in SCORES:
+        return brute_score(agent, prompt, menu, policy).log_softmax(-1)
+    return torch.stack([brute_force(agent, prompt, menu, text)[0].sum() for text in menu])
 
 
-def _agent_rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+def stored(actions, name):
+    return pad_sequence([getattr(action, name) for action in actions], batch_first=True)
 
 
-def _agent_refuses(call, *words):
-    with pytest.raises(ValueError) as error:
-        call()
-    assert all(w in str(error.value) for w in words), f"the message should say {words}, but is: {error.value}"
+class Clock:
+    """Shows how often it was acted on; after two times it is over, or `cut`."""
+    seeds = []                                          # of all clocks
 
-
-class _AgentEnv:
-    """Reads "p<player> s<clock>"; an episode has `limit` steps, then it is over, cut, or both; an action pays what
-    `pays` says. `ended` holds, for each finished episode, whether it counts as a success."""
-    def __init__(self, pays=lambda action: 0.0, limit=1, end="over", player=0, menu=AGENT_MENU, wins=lambda: True):
-        self.pays, self.limit, self.end, self.player, self.menu, self.wins = pays, limit, end, player, menu, wins
+    def __init__(self, name="you", cut=False, menu=MENU):
+        self.name = name
+        self.cut = cut
+        self.menu = menu
 
     def reset(self, seed=None):
+        self.seeds.append(seed)
         self.clock = 0
-        return f"p{self.player} s0", {"menu": self.menu}
+        return f"{self.name} s0", {"menu": self.menu}
 
     def step(self, action):
-        assert action in self.menu, f"{action!r} is not in the menu"
-        self.clock, over = self.clock + 1, self.clock + 1 >= self.limit
-        info = {"menu": self.menu} | ({"success": self.wins()} if over else {})
-        return (f"p{self.player} s{self.clock}", self.pays(action), over and self.end != "cut",
-                over and self.end != "over", info)
+        self.clock += 1
+        end = self.clock == 2
+        info = {"menu": self.menu, "success": True}
+        obs = f"{self.name} s{self.clock}"
+        return obs, len(action), end and not self.cut, end and self.cut, info
 
 
-def _agent_rollout(agent, env_fn, config):
-    """What `train` hands to `ppo_update`: (actions, menus, rewards, done, last values)."""
-    with mock.patch.object(poad, "ppo_update", return_value={}) as update:
-        next(train(agent, env_fn, config))
-    return update.call_args.args[2]
+def one_step(agent, policy="token", menu=MENU):
+    """A rollout of 12 players who act once and get a reward for their words."""
+    actions = agent.act(["you s0"] * 12, [menu] * 12, policy, generator=rng())
+    for action in actions:
+        action.reward = [1.0, -0.5, 0.25, 2.0][menu.index(action.text)]
+        action.done = True
+    return actions, torch.zeros(12)
 
 
-# ------------------------------------------------------------------ menus
+# ------------------------------------------------------------------ language agent
 
 
 def test_menu_logp_by_hand():
-    """log π over the allowed tokens, -inf elsewhere, in float32."""
-    logits, allowed = torch.tensor([[0.0, math.log(3), math.log(4)]]), torch.tensor([[True, True, False]])
-    near(menu_logp(logits, allowed), [[math.log(1 / 4), math.log(3 / 4), -INF]], "odds 1 : 3 among the allowed", {
-        "not renormalised over the menu": [[math.log(1 / 8), math.log(3 / 8), -INF]],
-        "the menu is ignored": [[math.log(1 / 8), math.log(3 / 8), math.log(1 / 2)]],
-        "what is not allowed must be -inf, not 0": [[math.log(1 / 4), math.log(3 / 4), 0]],
-        "a logit of 0 is a choice like another: use -inf for what is not allowed":
-            [[math.log(1 / 5), math.log(3 / 5), math.log(1 / 5)]],
-        "only the forbidden tokens are allowed": [[-INF, -INF, 0]],
-        "probabilities, not their logarithms": [[1 / 4, 3 / 4, 0]]}, tol=1e-6)
-    near(menu_logp(logits, None), [[math.log(1 / 8), math.log(3 / 8), math.log(1 / 2)]], "None allows all", tol=1e-6)
-    near(menu_logp(logits.repeat(2, 1), torch.tensor([[1, 1, 0], [0, 1, 0]])).exp(), [[1 / 4, 3 / 4, 0], [0, 1, 0]],
-         "each row has its own menu; one choice left has probability 1", tol=1e-6)
-    near(menu_logp(torch.tensor([100., 100.]), None), [-math.log(2)] * 2, "exp overflows for large logits", tol=1e-4)
-    logits.requires_grad_()
-    backward(menu_logp(logits, allowed)[0, 0])
-    near(logits.grad, [[1 - 1 / 4, -3 / 4, 0]], "not the gradient of log π, and 0 where nothing is allowed", tol=1e-6)
-    for kind in (torch.bfloat16, torch.float64):
-        assert menu_logp(logits.to(kind), allowed).dtype == torch.float32, "log-probs must be float32, of any LM"
+    """log π over the allowed tokens, −inf elsewhere, in float32: odds 1 : 3 : 4."""
+    logits = t([1, 3, 4]).log().requires_grad_()
+    log_pi = menu_logp(logits, torch.tensor([1, 1, 0]))
+    near(log_pi.exp(), [1 / 4, 3 / 4, 0], "odds 1 : 3 among the allowed", {
+        "not renormalised over the menu": [1 / 8, 3 / 8, 0],
+        "the menu is ignored": [1 / 8, 3 / 8, 1 / 2],
+        "what is not allowed must be -inf": [1 / 5, 3 / 5, 1 / 5],
+        "probabilities, not their logarithms": t([1 / 4, 3 / 4, 0]).exp()}, 1e-6)
+    backward(log_pi[0])
+    near(logits.grad, [3 / 4, -3 / 4, 0], "gradient of log π, 0 where forbidden", tol=1e-6)
+    near(menu_logp(logits, None).exp(), [1 / 8, 3 / 8, 1 / 2], "None allows all", tol=1e-6)
+    rows = menu_logp(torch.full((1, 2, 2), 100.0), torch.tensor([[[1, 1], [0, 1]]]))
+    near(rows.exp(), [[[.5, .5], [0, 1]]], "each row has its own menu", tol=1e-6)
+    assert log_pi.dtype == menu_logp(logits.bfloat16(), None).dtype == torch.float32
 
 
-def test_menu_trie_by_hand():
-    tokenizer, eos = _agent().tokenizer, AGENT_WORDS.index("<eos>")
-    eat, ice, dash, cream, now = map(AGENT_WORDS.index, "eat ice - cream now".split())
-    entries, trie = menu_trie(tokenizer, ("eat", "eat ice-cream", "wait", "eat now"))
-    assert list(entries) == [(eat, eos), (eat, ice, dash, cream, eos), (0, eos), (eat, now, eos)], "eos ends an entry"
-    assert {prefix: set(after) for prefix, after in trie.items()} == {
-        (): {eat, 0}, (0,): {eos}, (eat,): {eos, ice, now}, (eat, now): {eos}, (eat, ice): {dash},
-        (eat, ice, dash): {cream}, (eat, ice, dash, cream): {eos}}, "after a prefix: all that some entry goes on with"
-    _agent_refuses(lambda: menu_trie(tokenizer, ()), "menu", "empty")
-    _agent_refuses(lambda: menu_trie(tokenizer, ("eat", "wait", "eat")), "menu", "twice")
-    _agent_refuses(lambda: menu_trie(tokenizer, ("eat", "")), "menu", "empty")
-    _agent_refuses(lambda: menu_trie(tokenizer, ("ice-cream", "ice - cream")), "menu")  # the same tokens: same action
+def test_a_menu_is_a_trie():
+    eat, now, wait = ids_of("eat now wait")
+    menu = encode_menu(TOKENIZER, ("eat now", "wait", "eat"))
+    assert list(menu.entries) == [(eat, now, EOS), (wait, EOS), (eat, EOS)], "eos ends an entry"
+    assert {prefix: set(after) for prefix, after in menu.trie.items()} == {
+        (): {eat, wait}, (eat,): {now, EOS}, (wait,): {EOS}, (eat, now): {EOS}}
 
 
-# ------------------------------------------------------------------ act, evaluate, score, values
+REFUSED = """
+    act([]) | act(["you", ""]) | act("you") | act(["you"], [[]]) | act(["you"], [["eat", ""]]) |
+    act(["you"], [["eat", "wait", "eat"]]) | act(["you"], [["ice-cream", "ice - cream"]]) |
+    act(["you"], []) | act(["you", "see"], [MENU]) | act(["you", "see"], [None, MENU]) |
+    act(["you"], [MENU], "best") | act(["you"], None, "glam") | act(["you"], None, "twosome") |
+    small_agent(critic="tail") | small_agent(max_new_tokens=0) |
+    LanguageAgent(None, Mock(eos_token_id=None)) | load_agent("/no/folder", Clock) |
+    load_agent("/no/model.gguf", Clock) | play(small_agent(), Clock, 0) | Config("ppo") |
+    Config(updates=0) | Config(n_envs=0) | Config(n_steps=0.5) | Config(epochs=0) |
+    Config(minibatches=-1) | Config(gamma=2) | Config(lam=-0.1) | Config(gamma_token=NAN) |
+    Config(lam_token=1.1) | Config(lr=-1.0) | Config(critic_lr=NAN) | Config(kl_stop=-1.0) |
+    act([" "], [MENU])"""
+
+
+@pytest.mark.parametrize("typed", REFUSED.split("|"))
+def test_refuses(typed):
+    act = small_agent().act
+    with pytest.raises(ValueError):
+        eval(typed.strip(), globals(), {"act": act})
 
 
 @ON_BOTH_LMS
-def test_act_and_evaluate_equal_brute_force_over_the_menu(kind):
-    agent, copies, eos = _agent(kind, spread=0.15), 40, AGENT_WORDS.index("<eos>")
-    prompts, menus = AGENT_PROMPTS * copies, AGENT_MENUS * copies
-    actions = agent.act(prompts, menus, generator=_agent_rng())
-    logp, entropy, values = agent.evaluate(actions, menus)
-    _agent_near(logp, actions.logp, "evaluate under the same weights must repeat what act stored: the ratio is 1")
-    _agent_near(values, actions.values, "evaluate must repeat the values that act stored")
-    oracles = [_agent_oracle(agent, *pair) for pair in zip(AGENT_PROMPTS, AGENT_MENUS)]
-    for b, oracle in enumerate(oracles * copies):
-        assert tuple(actions.prompt_ids[b]) == tuple(_agent_ids(agent, prompts[b])), "prompt_ids: unpadded"
-        own, expected, uncertain = oracle[actions.text[b]]
-        mask = actions.mask[b]
-        assert mask.sum() == len(own) and mask[:len(own)].all(), "the mask is 1 on the action's tokens, eos included"
-        assert actions.ids[b, mask].tolist() == own and own[-1] == eos, "ids must spell the text, and end with eos"
-        _agent_near(logp[b, mask], expected, f"log π of {actions.text[b]!r} after {prompts[b]!r} over the trie")
-        _agent_near(entropy[b, mask], uncertain, "entropy is that of the renormalised distribution")
-        forced = uncertain == 0
-        assert not logp[b, mask][forced].any() and not entropy[b, mask][forced].any(), "forced: log π = 0, H = 0"
-        assert not any(x[b, ~mask].any() for x in (logp, entropy, values)), "padding is zero"
-    for b, oracle in enumerate(oracles):
-        seen = {actions.text[i]: logp[i].sum().exp().item() for i in range(b, len(prompts), len(oracles))}
-        rare = sum(p[1].sum().exp().item() for entry, p in oracle.items() if entry not in seen)
-        assert abs(sum(seen.values()) + rare - 1) < 1e-4 and rare < 0.1, "Π_j π(w_j) summed over the menu must be 1"
-    eat = next(b for b, text in enumerate(actions.text) if text[:3] == "eat" and menus[b] is AGENT_PREFIX_MENU)
-    assert entropy[eat, 1] > 0 > logp[eat, 1], "where an entry begins another, eos is a real choice"
+def test_act_and_evaluate_equal_brute_force(kind):
+    agent = small_agent(kind)
+    actions = agent.act(PROMPTS * 8, MENUS * 8, generator=rng())
+    again = torch.stack(agent.evaluate(actions, MENUS * 8), -1)             # (B, L, 3)
+    for b, action in enumerate(actions):
+        where = f"{action.text!r} after {action.prompt!r}"
+        assert list(action.ids) == ids_of(action.text) + [EOS]
+        expected = brute_force(agent, PROMPTS[b % 4], MENUS[b % 4], action.text)
+        features = read(agent.lm, action.prompt, action.ids)[1]
+        expected = torch.cat([expected, agent.critic["head"](features).T])
+        first = torch.stack([action.logp, action.entropy, action.values])
+        near(first, expected, f"log π, entropy and v of {where}", tol=1e-4)
+        size = len(action.ids)
+        near(again[b, :size].T, first, f"evaluate is not act: {where}", tol=1e-5)
+        assert not again[b, size:].any(), "padding is 0"
+        assert not first[:2, ~action.choice].any(), "forced: log π and entropy are 0"
+        assert torch.equal(action.choice, expected[1] > 0)
 
 
-@pytest.mark.parametrize("policy", ("token", "action", "glam", "twosome"))
+@WITH_ALL_POLICIES
 def test_act_samples_what_it_says(policy):
-    agent, prompt, n = _agent(spread=0.1), AGENT_PROMPTS[1], 2000
-    expected = _agent_log_policy(agent, prompt, AGENT_PREFIX_MENU, policy)
-    actions = agent.act([prompt] * n, [AGENT_PREFIX_MENU] * n, policy, generator=_agent_rng(1))
-    for entry, p in zip(AGENT_PREFIX_MENU, expected.exp().tolist()):
-        share = actions.text.count(entry) / n
-        sigma = math.sqrt(p * (1 - p) / n)
-        assert abs(share - p) <= 4 * sigma, f"{policy} wrote {entry!r} {share:.3f} of the time, but π is {p:.3f}"
-    logp, entropy, values = agent.evaluate(actions, [AGENT_PREFIX_MENU] * n, policy)
-    shape = tuple(actions.mask.shape) if policy == "token" else (n, 1)
-    assert tuple(actions.logp.shape) == tuple(logp.shape) == tuple(values.shape) == shape, f"shapes of {policy}"
-    _agent_near(actions.logp, logp, "stored and evaluated log π agree")
-    _agent_near(logp.sum(1), expected[[AGENT_PREFIX_MENU.index(x) for x in actions.text]], f"log π(a|o) of {policy}")
+    agent = small_agent(spread=0.1)
+    n = 1000
+    log_pi = brute_policy(agent, "you", NESTED, policy)
+    p = log_pi.exp()
+    near(p.sum(), 1, "Σ over the menu", tol=1e-5)
+    actions = agent.act(["you"] * n, [NESTED] * n, policy, generator=rng())
+    picks = torch.tensor([NESTED.index(action.text) for action in actions])
+    share = picks.bincount(minlength=4) / n
+    assert ((share - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all(), f"{share} is not {p}"
+    logp, entropy, values = agent.evaluate(actions, [NESTED] * n, policy)
+    near(logp.sum(1), log_pi[picks], f"log π(a|o) of {policy}", tol=1e-4)
+    near(logp, stored(actions, "logp"), "stored and evaluated differ: ratio 1", tol=1e-5)
+    near(values, stored(actions, "values"), "stored and evaluated values", tol=1e-5)
+    near(values[:, 0], agent.values(["you"] * n), "v(o)", tol=1e-5)
     if policy in ("glam", "twosome"):
-        _agent_near(entropy, -(expected.exp() * expected).sum().expand(n, 1), "entropy over the menu")
-    greedy = agent.act([prompt], [AGENT_MENU], policy, greedy=True).text[0]
-    if policy in ("glam", "twosome"):
-        best = _agent_log_policy(agent, prompt, AGENT_MENU, policy).argmax()
-        assert greedy == AGENT_MENU[best], "greedy is not the likeliest entry"
-    batch = [prompt] * 50, [AGENT_PREFIX_MENU] * 50, policy
-    one, same, other = (agent.act(*batch, generator=_agent_rng(seed)).text for seed in (1, 1, 2))
-    assert one == same, "the same generator seed must write the same actions"
-    assert one != other, "another seed must write others"
+        near(entropy[0, 0], -(p * log_pi).sum(), "entropy over the menu", tol=1e-4)
+    assert policy == "token" or logp.shape == (n, 1), "one slot an action"
+    [best] = agent.act(["you"], [NESTED], policy, greedy=True)
+    assert best.text == NESTED[p.argmax()], "greedy is the likeliest entry"
+
+
+def test_choice_is_read_off_the_trie():
+    agent = small_agent()
+    agent.lm.lm_head.weight.data.mul_(1e4)
+    [action] = agent.act(["you see"], [["eat now", "eat the bowl"]], generator=rng())
+    assert not action.entropy.any(), "the test wants a policy that is certain"
+    assert action.choice.nonzero().tolist() == [[1]]
+
+
+@ON_BOTH_LMS
+@pytest.mark.parametrize("policy", ["glam", "twosome"])
+def test_score_equals_brute_force(kind, policy):
+    """GLAM: Σ log p over the whole vocabulary, without eos. TWOSOME: by the number of words."""
+    agent = small_agent(kind)
+    agent.train()                                       # GPT-2's dropout is on by default
+    pairs = list(zip(PROMPTS, MENUS))
+    wrong = {}
+    for name in SCORES:
+        wrong[name] = torch.cat([brute_score(agent, *pair, name) for pair in pairs])
+    expected = wrong.pop(policy)
+    wrong["restricted to the menu"] = torch.cat([brute_policy(agent, *x, "token") for x in pairs])
+    wrong["normalised: log π"] = torch.cat([brute_policy(agent, *x, policy) for x in pairs])
+    scores = torch.cat(agent.score(PROMPTS, MENUS, policy))
+    near(scores, expected, "the scores", wrong, 1e-4)
+    weights = torch.arange(13.0)
+    backward(scores @ weights)
+    gradients = torch.autograd.grad(expected @ weights, agent.lm.parameters())
+    for x, y in zip(agent.lm.parameters(), gradients):
+        near(x.grad, y, "gradient, through a shared prompt too", tol=1e-3)
 
 
 @ON_BOTH_LMS
 def test_free_text(kind):
-    agent, eos, prompts = _agent(kind, max_new_tokens=6), AGENT_WORDS.index("<eos>"), AGENT_PROMPTS * 8
-    actions = agent.act(prompts, generator=_agent_rng())
-    logp, entropy, _ = agent.evaluate(actions)
-    stopped = 0
-    for b, prompt in enumerate(prompts):
-        ids = actions.ids[b, actions.mask[b]].tolist()
-        assert eos not in ids[:-1] and (ids[-1] == eos or len(ids) == 6), "free text stops at eos or at max_new_tokens"
-        stopped += ids[-1] == eos
-        log_p = _agent_read(agent, prompt, ids)[0]
-        _agent_near(logp[b, :len(ids)], log_p[range(len(ids)), ids], "free text: log p of a plain forward pass")
-        _agent_near(entropy[b, :len(ids)], -(log_p.exp() * log_p).sum(-1), "free text: entropy over the vocabulary")
-        words = [AGENT_WORDS[w] for w in ids if w not in (eos, 0)]  # the special tokens are not text
-        assert actions.text[b].replace("<unk>", "").split() == [w for w in words if w != "<unk>"], "the text is its ids"
-    assert 0 < stopped < len(prompts), "the test wants both ends: eos and the limit"
-    _agent_near(actions.logp, logp, "stored and evaluated log p agree")
-    _agent_near(agent.evaluate(actions, policy="action")[0], logp.sum(1, True), '"action" is the sum over tokens')
-    assert agent.act(prompts, generator=_agent_rng()).text == actions.text, "the same seed must write the same"
-    greedy = agent.act(AGENT_PROMPTS, greedy=True)
-    for b, prompt in enumerate(AGENT_PROMPTS):
-        ids = greedy.ids[b, greedy.mask[b]].tolist()
-        assert _agent_read(agent, prompt, ids)[0].argmax(-1).tolist() == ids, "greedy writes the likeliest token"
+    agent = small_agent(kind, spread=0.15, max_new_tokens=5)
+    before = torch.get_rng_state()
+    actions = agent.act(PROMPTS * 100, generator=rng())
+    assert torch.equal(before, torch.get_rng_state()), "the global generator is not ours"
+    near(agent.evaluate(actions)[0], stored(actions, "logp"), "ratio 1", tol=1e-5)
+    for action in actions[:20]:
+        ids = list(action.ids)
+        assert EOS not in ids[:-1] and (ids[-1] == EOS or len(ids) == 5), "eos or limit end it"
+        assert action.text == TOKENIZER.decode(ids, skip_special_tokens=True)
+        expected = read(agent.lm, action.prompt, ids)[0][range(len(ids)), ids]
+        near(action.logp, expected, "log p of a full forward", tol=1e-4)
+    # on average log p is minus the entropy, if nothing but p decides what is written
+    surprise = (stored(actions, "logp") + stored(actions, "entropy")).sum(1)
+    assert surprise.mean().abs() < 0.3, "temperature 1, no penalty, and all words"
+    same = agent.act(PROMPTS * 100, generator=rng())
+    assert [a.ids for a in same] == [a.ids for a in actions], "one seed, one text"
+    [greedy] = agent.act(["you"], greedy=True)
+    likeliest = read(agent.lm, "you", greedy.ids)[0].amax(-1)
+    near(greedy.logp, likeliest, "greedy writes the likeliest token", tol=1e-4)
 
 
-class _Bigram(torch.nn.Module):
-    """A causal LM to compute by hand with: the chances of the next word depend on the last word only."""
-    words = ["<eos>", "you", "eat", "ice", "-", "cream", "go", "now"]
-    after = {"you": dict(eat=8, go=4, now=2), "eat": {"ice": 8, "<eos>": 4}, "ice": {"-": 8}, "-": {"cream": 4},
-             "cream": {"<eos>": 8}, "go": {"<eos>": 8, "eat": 2}, "now": {"go": 1, "eat": 4}}     # in sixteenths
-
-    def __init__(self):
-        super().__init__()
-        table = torch.zeros(8, 8)
-        for i, row in enumerate(self.after.get(word, {}) for word in self.words):
-            table[i] = (16 - sum(row.values())) / (8 - len(row))         # the rest is spread over the other words
-            for follower, sixteenths in row.items():
-                table[i, self.words.index(follower)] = sixteenths
-        self.logits = torch.nn.Parameter((table / 16).log())
-        self.config, self.device = SimpleNamespace(hidden_size=1, vocab_size=100), torch.device("cpu")
-
-    def forward(self, input_ids, logits_to_keep=0, **_):
-        logits = self.logits[input_ids][:, -logits_to_keep:]             # (R, K, V); 0 keeps all
-        return SimpleNamespace(logits=logits, hidden_states=[logits[..., :1]], past_key_values=None)
+@WITH_BOTH_CRITICS
+def test_critic(critic):
+    agent = small_agent(critic=critic)
+    actions = agent.act(PROMPTS, MENUS, generator=rng())
+    values = agent.evaluate(actions, MENUS)[2]
+    near(agent.values(PROMPTS), values[:, 0], "v(o) is that before the first token", tol=1e-5)
+    backward(values.square().sum())
+    learns = [name for name, p in agent.named_parameters() if p.grad is not None and p.grad.any()]
+    assert all(name.startswith("critic") for name in learns), "the critic trains the policy"
+    assert (len(learns) > 10) == (critic == "copy"), "a copy learns as a whole"
+    fresh = small_agent(critic=critic, fresh=True)
+    assert not fresh.values(PROMPTS).any(), "v = 0 before anything is learnt"
 
 
-def _bigram_scores(policy):
-    """The scores of an agent with that LM, for two prompts and their menus."""
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(_Bigram.words)}, unk_token="now"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    agent = LanguageAgent(_Bigram(), PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="now"))
-    scores = agent.score(["you", "go now"], [["eat ice-cream", "go", "eat"], ["go"]], policy)
-    assert [len(x) for x in scores] == [3, 1], f"one tensor per menu, one number per entry, not {scores}"
-    return torch.cat(list(scores)), agent.lm
-
-
-def test_score_glam_by_hand():
-    """GLAM: Σ log p of an entry's tokens, over the whole vocabulary, each given all that stands before it."""
-    # p(eat|you) = p(ice|eat) = p(-|ice) = ½, p(cream|-) = ¼; p(go|you) = ¼, p(go|now) = 1/16; p(eos|eat) = ¼, else ½
-    scores, lm = _bigram_scores("glam")
-    stay = t(lm.logits.softmax(-1).diagonal())                           # p(word|the same word)
-    near(scores.exp(), [1 / 32, 1 / 4, 1 / 2, 1 / 16], "not Σ log p of the entry's tokens", {
-        "eos is counted": [1 / 64, 1 / 8, 1 / 8, 1 / 32],
-        "restricted to the menu": [4 / 9, 1 / 3, 2 / 3, 1], "restricted to the menu, eos too": [4 / 9, 1 / 3, 2 / 9, 1],
-        "mean over tokens, not their sum": [2 ** -1.25, 1 / 4, 1 / 2, 1 / 16],
-        "divided by the number of words: that is TWOSOME": [2 ** -2.5, 1 / 4, 1 / 2, 1 / 16],
-        "the prompt is not read: log p starts at the second token": [1 / 16, 1, 1, 1],
-        "only the last token": [1 / 4, 1 / 4, 1 / 2, 1 / 16], "only the first token": [1 / 2, 1 / 4, 1 / 2, 1 / 16],
-        "normalised over the menu: that is log π, not the score": [1 / 25, 8 / 25, 16 / 25, 1],
-        "log-prob of the wrong position: what follows the token, not the token":
-            [stay[2:6].prod(), stay[6], stay[2], stay[6]],
-        "probabilities added, not their logarithms": t([1.75, .25, .5, .0625]).exp()}, tol=1e-5)
-    backward(scores.sum())
-    # go after now: 1 - 1/16 at go and -p elsewhere
-    near(lm.logits.grad[7], torch.eye(8)[6] - lm.logits[7].softmax(-1), "the LM gets no gradient through the scores",
-         tol=1e-5)
-
-
-def test_score_twosome_by_hand():
-    """TWOSOME: GLAM's sum divided by the number of words; "ice-cream" is one word and three tokens."""
-    right = t([1 / 32, 1 / 4, 1 / 2, 1 / 16]).log() / t([2, 1, 1, 1])
-    near(_bigram_scores("twosome")[0], right, "not Σ log p / words", {
-        "not divided by the number of words": t([1 / 32, 1 / 4, 1 / 2, 1 / 16]).log(),
-        "word count for token count: divided by the number of tokens": t([2 ** -1.25, 1 / 4, 1 / 2, 1 / 16]).log(),
-        "divided by the number of tokens and eos": t([1 / 2, 2 ** -1, 2 ** -.5, 2 ** -2]).log(),
-        "divided by the number of characters": t([1 / 32, 1 / 4, 1 / 2, 1 / 16]).log() / t([13, 2, 3, 2]),
-        "eos is counted": t([1 / 64, 1 / 8, 1 / 8, 1 / 32]).log() / t([2, 1, 1, 1]),
-        "divided by the words of the prompt too": t([1 / 32, 1 / 4, 1 / 2, 1 / 16]).log() / t([3, 2, 2, 3])}, tol=1e-5)
-
-
-def test_score_token_by_hand():
-    """ "token": Σ log π, each token restricted to what the menu allows, eos included; over a menu it sums to 1."""
-    # you: eat ½, go ¼, so π(eat) = ⅔, π(go) = ⅓; eat: ice ½, eos ¼, so π(ice) = ⅔, π(eos) = ⅓; the rest is forced
-    near(_bigram_scores("token")[0].exp(), [4 / 9, 1 / 3, 2 / 9, 1], "not Σ log π over the menu's tokens", {
-        "eos is left out, but after \"eat\" it is a choice": [4 / 9, 1 / 3, 2 / 3, 1],
-        "not restricted to the menu": [1 / 64, 1 / 8, 1 / 8, 1 / 32],
-        "not restricted to the menu, eos left out": [1 / 32, 1 / 4, 1 / 2, 1 / 16],
-        "normalised once for the whole entry, not token by token": [1 / 17, 8 / 17, 8 / 17, 1],
-        "normalised once for the whole entry, eos left out": [1 / 25, 8 / 25, 16 / 25, 1],
-        "divided by the number of words": [2 / 3, 1 / 3, 2 / 9, 1]}, tol=1e-5)
-
-
-@ON_BOTH_LMS
-def test_score_equals_brute_force_and_trains_the_lm(kind):
-    agent = _agent(kind)
-    fit = list(agent.lm.parameters())
-    scores = agent.score(AGENT_PROMPTS, AGENT_MENUS)
-    expected = [torch.stack([_agent_raw(agent, prompt, entry) for entry in menu])
-                for prompt, menu in zip(AGENT_PROMPTS, AGENT_MENUS)]
-    for got, want in zip(scores, expected, strict=True):
-        _agent_near(got, want, "score is Σ log p over the words, unrestricted and without eos")
-    weights = torch.arange(1.0, 18)  # 4 + 4 + 4 + 4 + 1 entries
-    for x, y in zip(*(torch.autograd.grad(torch.cat(s) @ weights, fit) for s in (scores, expected))):
-        _agent_near(x, y, "gradient of score, through the shared prompt too", 1e-3)
-    actions = agent.act(AGENT_PROMPTS, AGENT_MENUS, generator=_agent_rng())
-    want = sum(_agent_oracle(agent, *x)[text][1].sum() for *x, text in zip(AGENT_PROMPTS, AGENT_MENUS, actions.text))
-    got = agent.evaluate(actions, AGENT_MENUS)[0].sum()
-    for x, y in zip(*(torch.autograd.grad(s, fit) for s in (got, want))):
-        _agent_near(x, y, "gradient of evaluate", 1e-3)
-
-
-def test_a_prompt_is_read_once_for_its_whole_menu():
-    agent, long, tokens = _agent(), "you see the salad in the bowl " * 5, []
+@WITH_ALL_POLICIES
+def test_memory(policy):
+    agent = small_agent()
+    rows = []                                           # of each reading
     agent.lm.register_forward_pre_hook(
-        lambda lm, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True)
-
-    def read(call):
-        tokens.clear()
-        call()
-        return sum(tokens)
-    most = len(_agent_ids(agent, long)) + 4 * 6  # the prompt, and four entries of up to 6 tokens
-    assert read(lambda: agent.score([long], [AGENT_MENU])) <= most, "the prompt must be read once, not once per entry"
-    for policy in ("token", "glam"):
-        one, many = (agent.act([long] * n, [AGENT_MENU] * n, policy, greedy=True) for n in (1, 9))
-        assert read(lambda: agent.evaluate(many, [AGENT_MENU] * 9, policy)) == read(
-            lambda: agent.evaluate(one, [AGENT_MENU], policy)), f"{policy}: equal rows must be computed once"
-
-
-@ON_BOTH_LMS
-def test_calls_leave_no_trace(kind):
-    """A forward pass on a cache changes it; GPT-2's dropout is on by default; twice must give the same."""
-    agent = _agent(kind)
-    agent.train()
-    first, second = ([*agent.score(AGENT_PROMPTS, AGENT_MENUS), *agent.evaluate(
-        agent.act(AGENT_PROMPTS, AGENT_MENUS, generator=_agent_rng()), AGENT_MENUS), agent.values(AGENT_PROMPTS)]
-        for _ in range(2))
-    for x, y in zip(first, second):
-        assert torch.equal(x, y), "the second call differs: dropout is on, or a shared cache was changed"
+        lambda lm, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    memory = {}
+    plain = agent.act(PROMPTS, MENUS, policy, True)
+    agent.act(PROMPTS, MENUS, policy, True, memory=memory)
+    rows.clear()
+    second = agent.act(PROMPTS, MENUS, policy, True, memory=memory)
+    assert not rows, "what the memory holds was read again"
+    for name in ("logp", "values"):
+        near(stored(second, name), stored(plain, name), f"{name} from memory", tol=1e-5)
+    agent.evaluate(second[:1] * 9, MENUS[:1] * 9, policy)
+    assert max(rows) <= len(MENU), "equal rows are read once"
 
 
-@ON_BOTH_LMS
-@pytest.mark.parametrize("critic", ("head", "copy"))
-def test_values(kind, critic):
-    agent = _agent(kind, critic)
-    own = [p for name, p in agent.named_parameters() if not name.startswith(("lm.", "head."))]
-    assert bool(own) == (critic == "copy"), 'the critic "copy" has its own LM, "head" has none'
-    with torch.no_grad():
-        for p in own:
-            p.mul_(1.1)  # so that the critic's LM is no longer the policy's
-    actions = agent.act(AGENT_PROMPTS, AGENT_MENUS, generator=_agent_rng())
-    values = agent.evaluate(actions, AGENT_MENUS)[2]
-    for b, prompt in enumerate(AGENT_PROMPTS):
-        ids = actions.ids[b, actions.mask[b]].tolist()
-        features = _agent_read(agent, prompt, ids, agent.critic_lm)[1]
-        _agent_near(values[b, :len(ids)], agent.head(features)[:, 0], "V(o, w^<j) reads what is *before* token j", 1e-3)
-    _agent_near(agent.values(AGENT_PROMPTS), values[:, 0], "V(o) is the value before the first token")
-    _agent_near(agent.evaluate(actions, AGENT_MENUS, "glam")[2][:, 0], values[:, 0], "V(o), also for whole actions")
-    values.square().sum().backward()
-    assert all(p.grad is None or not p.grad.any() for p in agent.lm.parameters()), "the critic trains the policy"
-    assert all(p.grad is not None and p.grad.any() for p in agent.head.parameters()), "the head must learn"
-    assert not own or sum(p.grad is not None and bool(p.grad.any()) for p in own) > 5, "the copy must learn"
-    assert not LanguageAgent(agent.lm, agent.tokenizer).values(AGENT_PROMPTS).any(), "V = 0 before anything is learnt"
+# ------------------------------------------------------------------ the update
 
-
-def test_agent_refuses_in_words():
-    agent, menu = _agent(), [AGENT_MENU]
-    _agent_refuses(lambda: agent.act(["you"], menu, "best"), "policy", "best", "twosome")
-    _agent_refuses(lambda: agent.act(["you"], [[]]), "menu", "empty")
-    _agent_refuses(lambda: agent.score(["you"], [["eat", "eat"]]), "menu", "twice")
-    _agent_refuses(lambda: agent.score(["you"], menu, "best"), "policy", "best")
-    for policy in ("glam", "twosome"):
-        _agent_refuses(lambda: agent.act(["you"], None, policy), policy, "menu")
-    _agent_refuses(lambda: agent.act(["you", "see"], menu), "2", "1", "menu")
-    _agent_refuses(lambda: agent.act([]), "prompt")
-    _agent_refuses(lambda: agent.act(["you", ""]), "prompt")
-    _agent_refuses(lambda: _agent(critic="tail"), "critic", "tail", "head", "copy")
-    _agent_refuses(lambda: _agent(max_new_tokens=0), "max_new_tokens")
-
-
-# ------------------------------------------------------------------ Config, assign, train
-
-
-def test_methods_and_config():
-    assert list(METHODS) == ["glam", "twosome", "action", "ntpo", "poad"]
-
-    def both(*args, **options):
-        config = Config(*args, gamma=0.9, lam=0.8, **options)
-        return config.gamma_token, config.lam_token
-    assert both() == both("poad") == (1, 1), "POAD, the default: γ_w = λ_w = 1"
-    assert both("ntpo") == (0.9, 0.8), "naive: γ_w = γ and λ_w = λ, of this Config"
-    assert both("poad", lam_token=0.8) == (1, 0.8) and both("ntpo", lam_token=1.0) == (0.9, 1), "γ_w, λ_w can be set"
-    assert both("ntpo", gamma_token=0.0) == (0, 0.8), "0 is a value, not a missing one"
-    assert Config(lr=0.5).lr == 0.5 and Config(lr=0.0).lr == 0 and Config().lr > 0, "lr: the method's own unless given"
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().gamma = 0.5
-    _agent_refuses(lambda: Config("ppo"), "method", "ppo", "poad", "twosome")
-    for name, x in itertools.product(("gamma", "lam", "gamma_token", "lam_token"), (-0.1, 1.1, math.nan)):
-        _agent_refuses(lambda: Config(**{name: x}), name)
-    _agent_refuses(lambda: train(_agent(), partial(make, "orders", slots=6), Config("glam")).__next__(), "glam", "menu")
-
-
-def test_assign_in_small_numbers():
-    """Two players, two actions each, γ = λ = ½. The return of a token is the λ-return: at an action's end
-    r + γ ((1 − λ) V' + λ G'), inside it the same with γ_w, λ_w and r = 0, at an episode's end r alone."""
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]]).bool()
-    values = torch.tensor([[2, 4, NAN], [1, NAN, NAN], [0, 2, 4], [5, 3, NAN]])
-    outcome = torch.tensor([[1., 2], [0, -1]]), torch.tensor([[1., 0], [0, 0]]), torch.tensor([8., 4])
-    # player 0: 1, as the episode ends; 2 + ½·8 = 6 | player 1: -1 + ½·4 = 1, and before it 0 + ½ (½·5 + ½·1) = 1½
-    advantages, returns = assign(Config(gamma=.5, lam=.5), mask, values, *outcome)
-    near(returns, [[1, 1, 0], [6, 0, 0], [1.5, 1.5, 1.5], [1, 1, 0]], "not the returns of each player's stream", {
-        "the reward was given to every token": [[2, 1, 0], [6, 0, 0], [1.25, 1.25, 1.25], [0, 1, 0]],
-        "the reward was given to the first token": [[1, 0, 0], [6, 0, 0], [1.5, 1.5, 1.5], [1, 2, 0]],
-        "`done` is ignored: bootstrapped across an episode's end": [[2.75, 2.75, 0], [6, 0, 0], [1.5] * 3, [1, 1, 0]],
-        "an action ends at its last written slot, not in the last column":
-            [[8, 8, 0], [8, 0, 0], [2.25] * 3, [4, 4, 0]],
-        "lam was applied inside the action": [[2.5, 1, 0], [6, 0, 0], [2.4375, 2.875, 1.75], [2, 1, 0]],
-        "lam and lam_token swapped": [[2.5, 1, 0], [6, 0, 0], [2.25, 2.5, 1], [2, 1, 0]],
-        "gamma and gamma_token swapped": [[.5, 1, 0], [10, 0, 0], [.8125, 1.625, 3.25], [1.5, 3, 0]],
-        "gamma was applied inside the action": [[.5, 1, 0], [6, 0, 0], [.34375, .6875, 1.375], [.5, 1, 0]],
-        "rewards and done of other rows: row b · T + t is step t of player b":
-            [[1, 1, 0], [4, 0, 0], [3.5] * 3, [1, 1, 0]],
-        "players mixed: row b · T + t is step t of player b": [[1, 1, 0], [3.5, 0, 0], [4, 4, 4], [1, 1, 0]],
-        "the players are one stream: a row of `gae` is one player": [[1, 1, 0], [2.375, 0, 0], [1.5] * 3, [1, 1, 0]],
-        "each action is a stream of its own: its player's next one follows": [[1, 1, 0], [6, 0, 0], [2] * 3, [1, 1, 0]],
-        "last_values ignored": [[1, 1, 0], [2, 0, 0], [1, 1, 1], [-1, -1, 0]]}, tol=1e-6)
-    near(advantages, [[-1, -3, 0], [5, 0, 0], [1.5, -.5, -2.5], [-4, -2, 0]], "advantages are returns - values", {
-        "returns and advantages swapped": [[1, 1, 0], [6, 0, 0], [1.5, 1.5, 1.5], [1, 1, 0]]}, tol=1e-6)
-    # γ_w = ½, λ_w = 0: inside an action ½ of the next token's value
-    _, returns = assign(Config(gamma=.5, lam=.5, gamma_token=.5, lam_token=0.), mask, values, *outcome)
-    near(returns, [[2, 1, 0], [6, 0, 0], [1, 2, 1.625], [1.5, 1, 0]], "inside an action γ_w and λ_w", {
-        "gamma_token ignored": [[4, 1, 0], [6, 0, 0], [2, 4, 2], [3, 1, 0]],
-        "lam_token ignored": [[.5, 1, 0], [6, 0, 0], [.34375, .6875, 1.375], [.5, 1, 0]]}, tol=1e-6)
+# two players, two actions each, at most three slots; one has a gap
+MASK = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 1, 1], [1, 1, 0]]).bool()
+VALUES = torch.tensor([[2, NAN, 4], [1, NAN, NAN], [0, 2, 4], [5, 3, NAN]])
+OUTCOME = torch.tensor([[1.0, 2], [0, -1]]), torch.tensor([[1, 0], [0, 0]]), torch.tensor([8.0, 4])
 
 
 def test_assign_by_hand():
-    """Two players, two actions each; γ = .9, λ = .8. The return of a token is the λ-return
-    G = r + γ ((1 − λ) V' + λ G') at an action's end, the same with γ_w, λ_w and r = 0 inside."""
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 1, 0]]).bool()
-    values = torch.tensor([[3, 5, math.nan], [1, 2, 4], [0, 2, 3], [1, 7, math.nan]])
-    outcome = torch.tensor([[1.0, 2], [0, -1]]), torch.tensor([[1.0, 0], [0, 0]]), torch.tensor([10.0, 4])
-
-    def back(r, v, g):
-        return r + 0.9 * (0.2 * v + 0.8 * g)
-    last = 2 + 0.9 * 10, -1 + 0.9 * 4  # player 0's first action ends an episode: G = r = 1
-    whole = [1, last[0], back(0, 1, last[1]), last[1]]
-    begin = back(0, 7, last[1])  # naive: every token is a step, discounted and decayed
-    inner, first = back(0, 4, last[0]), back(0, 1, begin)
-    naive = [[back(0, 5, 1), 1, 0], [back(0, 2, inner), inner, last[0]],
-             [back(0, 2, back(0, 3, first)), back(0, 3, first), first], [begin, last[1], 0]]
-    for method in METHODS:
-        level = slice(None) if METHODS[method]["policy"] == "token" else slice(1)
-        expected = torch.tensor(naive if method == "ntpo" else [[g] * 3 for g in whole])[:, level]
-        m, v = mask[:, level], values[:, level]
-        advantages, returns = assign(Config(method, gamma=0.9, lam=0.8), m, v, *outcome)
-        _agent_near(returns, expected.where(m, 0), f"{method}: returns; episode end, padding, players' order", 1e-5)
-        _agent_near(advantages, (expected - v).where(m, 0), f"{method}: advantage = return − value", 1e-5)
+    """γ = λ = ½, γ_w = λ_w = 1: the return at an action's end is r + γ ((1 − λ) v' + λ G'), or
+    r if the episode ends; its other tokens pass it on."""
+    # player 0: 1; 2 + ½ · 8 = 6 | 1, from the end: -1 + ½ · 4 = 1; 0 + ½ (½ · 5 + ½ · 1) = 1½
+    advantages, returns = assign(Config(gamma=.5, lam=.5), MASK, VALUES, *OUTCOME)
+    right = [[1, 0, 1], [6, 0, 0], [1.5, 1.5, 1.5], [1, 1, 0]]
+    near(returns, right, "returns of each player's stream", {
+        "the reward was given to the first slot": [[1, 0, 0], [6, 0, 0], [1.5] * 3, [1, 2, 0]],
+        "`done` is ignored": [[2.75, 0, 2.75], [6, 0, 0], [1.5] * 3, [1, 1, 0]],
+        "λ was applied inside": [[2.5, 0, 1], [6, 0, 0], [2.4375, 2.875, 1.75], [2, 1, 0]],
+        "players mixed up: environment b's action t is in row b·T + t":
+            [[1, 0, 1], [3.5, 0, 0], [4, 4, 4], [1, 1, 0]],
+        "last_values ignored": [[1, 0, 1], [2, 0, 0], [1, 1, 1], [-1, -1, 0]]}, 1e-6)
+    near(advantages, torch.where(MASK, returns - VALUES, 0), "they are returns - values", {
+        "returns and advantages swapped": right}, 1e-6)
 
 
-@NO_STEP
-@pytest.mark.parametrize("end", ("over", "cut", "both"))
-def test_time_limit_is_not_a_termination(end):
-    agent, config = _agent(), Config(n_envs=2, n_steps=2, gamma=0.9, lam=0.8)
-    number = itertools.count()
-    actions, menus, rewards, done, last = _agent_rollout(
-        agent, lambda: _AgentEnv(lambda action: 0.5, end=end, player=next(number)), config)
-    after = agent.values(["p0 s1", "p1 s1"])[:, None].expand(2, 2) if end == "cut" else torch.zeros(2, 2)
-    assert done.bool().all(), "an episode that is over or cut is done: no credit crosses the reset"
-    _agent_near(rewards, 0.5 + 0.9 * after, "a cut episode pays r + γ V(o'), o' from before the reset; else r")
-    _agent_near(last, agent.values(["p0 s0", "p1 s0"]), "last values are those of the present observations")
-    returns = assign(config, actions.mask, actions.values, rewards, done, last)[1]
-    _agent_near(returns, rewards.reshape(4, 1) * actions.mask, "every token's return is what its own episode pays")
+def test_assign_follows_the_method():
+    # naive, λ = 0: an action's end returns r + ½ v', other tokens half of the next one's value
+    _, returns = assign(Config("ntpo", gamma=.5, lam=0.0), MASK, VALUES, *OUTCOME)
+    near(returns, [[2, 0, 1], [6, 0, 0], [1, 2, 2.5], [1.5, 1, 0]], "naive", tol=1e-6)
+    config = Config("action", gamma=.5, lam=.5)
+    _, returns = assign(config, MASK[:, :1], VALUES[:, :1], *OUTCOME)
+    near(returns, [[1], [6], [1.5], [1]], "whole actions", tol=1e-6)
 
 
-@NO_STEP
-def test_rollout_keeps_a_player_together():
-    agent, number = _agent(), itertools.count()
-    actions, menus, rewards, done, _ = _agent_rollout(
-        agent, lambda: _AgentEnv(lambda action: len(action), 2, player=next(number)), Config(n_envs=2, n_steps=3))
-    seen = [agent.tokenizer.decode(ids) for ids in actions.prompt_ids]
-    assert seen == ["p0 s0", "p0 s1", "p0 s0", "p1 s0", "p1 s1", "p1 s0"], "rows are player by player, step by step"
-    assert [len(text) for text in actions.text] == rewards.flatten().tolist(), "rewards stand in the rows' order"
-    assert done.tolist() == [[0, 1, 0]] * 2 and menus == [AGENT_MENU] * 6
+def test_config():
+    for config, numbers in (
+            (Config(), (1, 1)), (replace(Config("poad"), method="ntpo"), (.95, .95)),
+            (replace(Config("ntpo"), gamma=.9), (.9, .95)),
+            (Config("ntpo", gamma_token=0.0), (0, .95)), (Config(lam_token=.8), (1, .8))):
+        assert inside(config) == numbers, config
+    assert all(knob.metadata["help"] for knob in fields(Config))
+    with pytest.raises(AttributeError):
+        Config().gamma = 0.5
+    tiny = Mock(num_parameters=lambda: 10**5)
+    real = Mock(num_parameters=lambda: 10**8)
+    assert step_size(Config(lr=0.0), real) == 0
+    assert step_size(Config(), real) == step_size(Config(), tiny) / 6
 
 
-# choices are the first two tokens; GLAM would hardly ever write the longer ones
-AGENT_TWO_CHOICES = ["eat salad", "eat ice-cream now", "put the bowl", "put salad in bowl"]
-AGENT_SHORT = ["eat salad", "eat bowl", "put ice", "put salad"]
-
-
-@NO_STEP
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["action", "poad"])
 def test_gradient_is_of_whole_actions(method):
-    """One-step episodes and V = 0: an action's credit is its reward r, for naive (γλ)^(tokens to come) r. The gradient
-    must be that of −mean_b Σ_j Â_bj log π(w_j): a sum over an action's tokens, averaged over actions, with Â
-    normalised over choices only, so that forced words count nowhere; entropy likewise."""
-    agent, policy = LanguageAgent(_agent(spread=0.1).lm, _agent().tokenizer), METHODS[method]["policy"]
-    menu = AGENT_SHORT if method == "glam" else AGENT_TWO_CHOICES
-    config = Config(method, n_envs=12, n_steps=1, epochs=1, minibatches=1, max_grad_norm=1e9, entropy_coef=0.0)
-    pays = dict(zip(menu, (1.0, -0.5, 0.25, 2.0)))
-    fit = list(agent.lm.parameters())
-    for coef in (0.0, 1.0):
-        config = dataclasses.replace(config, entropy_coef=coef)
-        env_fn = partial(_AgentEnv, lambda action: pays[action] * (coef == 0), menu=menu)
-        rollout = _agent_rollout(agent, env_fn, config)
-        text, oracle = rollout[0].text, _agent_oracle(agent, "p0 s0", menu)
-        assert len(set(text)) > 2, "the test wants several actions"
-        log_pi = dict(zip(menu, _agent_log_policy(agent, "p0 s0", menu, policy)))
-        logp = torch.stack([oracle[x][1][:2] if policy == "token" else log_pi[x][None] for x in text])
-        decay = (0.95 * 0.95) ** torch.tensor([[len(oracle[x][0]) - 1.0 - j for j in (0, 1)] for x in text])
-        credit = torch.tensor([[pays[x]] for x in text]) * (decay if method == "ntpo" else torch.ones_like(logp))
-        credit = (credit - credit.mean()) / credit.std(correction=0)
-        whole = torch.stack(list(log_pi.values()))
-        entropy = (-(whole.exp() * whole).sum() if policy in ("glam", "twosome")
-                   else torch.stack([oracle[x][2].sum() for x in text]).mean())
-        loss = -(credit * logp).sum(1).mean() if coef == 0 else -entropy
-        expected = torch.autograd.grad(loss, fit)
-        optimizer = torch.optim.SGD([{"params": fit}, {"params": agent.head.parameters()}], lr=0.0)
-        info = poad.ppo_update(agent, optimizer, rollout, config, _agent_rng())
-        assert abs(info["entropy"] - entropy.item()) < 1e-3, "the entropy of an action is a sum over its tokens"
-        for p, g in zip(fit, expected):
-            _agent_near(p.grad, g, f"{method}: gradient of the {'entropy' if coef else 'policy loss'}", 1e-3)
+    """With v = 0 and one step, every token's credit Â is its action's reward, normalised over
+    choices: the loss is −mean Â log π(a) − ½ mean entropy, over actions of any length."""
+    agent = small_agent(spread=0.1, fresh=True)
+    menu = ["eat salad", "eat the bowl now", "put ice", "you see"]
+    choices = torch.tensor([1, 1, 1, 1])
+    if method == "poad":
+        choices[:2] = 2                                 # "eat" or not, then what
+    actions, last = one_step(agent, METHODS[method]["policy"], menu)
+    picks = [menu.index(action.text) for action in actions]
+    tokens = [brute_force(agent, "you s0", menu, action.text).sum(1) for action in actions]
+    log_pi, entropy = torch.stack(tokens, 1)                                # (B,) each
+    rewards = torch.tensor([action.reward for action in actions])
+    each = rewards.repeat_interleave(choices[picks])
+    credit = (rewards - each.mean()) / each.std(correction=0)
+    loss = -(credit * log_pi + entropy / 2).mean()
+    expected = torch.autograd.grad(loss, agent.lm.parameters())
+    config = Config(method, epochs=1, minibatches=1, max_grad_norm=1e9, entropy_coef=0.5)
+    info = ppo_update(agent, SGD(agent.parameters(), 0.0), (actions, last), config, rng())
+    near(info["entropy"], entropy.mean(), "entropy: summed per action", tol=1e-4)
+    for x, gradient in zip(agent.lm.parameters(), expected):
+        near(x.grad, gradient, f"gradient of {method}", tol=1e-4)
 
 
-def _agent_pays():
-    return _AgentEnv(lambda action: float(len(action)), 2)
+def test_kl_stop():
+    """The KL of an action is Σ_j ratio − 1 − log ratio; the first minibatch's is 0."""
+    agent = small_agent()
+    actions, last = one_step(agent)
+    config = Config(minibatches=1, kl_stop=1e-6)
+    info = ppo_update(agent, SGD(agent.parameters(), 1.0), (actions, last), config, rng())
+    assert info["minibatches"] == 2, "the second is above kl_stop and takes no step"
+    log_ratio = agent.evaluate(actions, [MENU] * 12)[0] - stored(actions, "logp")
+    kl = (log_ratio.exp() - 1 - log_ratio).sum(1).mean()
+    near(info["kl"], kl, "kl is the last minibatch's", tol=1e-4)
+    agent = small_agent()
+    config = replace(config, kl_stop=INF)
+    info = ppo_update(agent, SGD(agent.parameters(), 1.0), one_step(agent), config, rng())
+    assert info["minibatches"] == 3 and info["kl"] > 1e-6 and kl > 1e-6
+    with pytest.raises(AssertionError):                 # another policy has sampled
+        ppo_update(agent, SGD(agent.parameters(), 0.0), (actions, last), config, rng())
 
 
-def test_train_repeats_itself_and_begins_at_ratio_one():
-    tiny = Config(updates=2, n_envs=3, n_steps=4, epochs=1, minibatches=2)
-    runs = [list(train(_agent(), _agent_pays, dataclasses.replace(tiny, seed=seed))) for seed in (0, 0, 1)]
-    a, b, c = ([{k: x for k, x in m.items() if k != "seconds"} for m in run] for run in runs)
-    assert a == b, "the same seed must give the same run"
-    assert a != c, "another seed must give another run"
-    agent = _agent()
-    before = copy.deepcopy(agent.state_dict())
-    for m in train(agent, _agent_pays, dataclasses.replace(tiny, lr=0.0, critic_lr=0.0)):
-        assert abs(m["kl"]) < 1e-6 and m["clip_fraction"] == 0, "ratio is 1 while nothing was learnt"
-    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items()), "lr = 0 must change nothing"
-    list(train(agent, _agent_pays, tiny))
-    moved = {name.split(".")[0] for name, x in agent.state_dict().items() if not torch.equal(x, before[name])}
-    assert moved == {"lm", "head"}, f"both the LM and the critic must learn, not only {moved}"
+# ------------------------------------------------------------------ playing and training
 
 
-def test_train_metrics():
-    number = itertools.count()  # of the episode: the last 50 of 120 are successes
-    env_fn = partial(_AgentEnv, lambda action: 0.5, 2, wins=lambda: next(number) >= 70)
-    config = Config(updates=2, n_envs=40, n_steps=3, epochs=1, minibatches=1)
-    first, second = train(_agent(), env_fn, config)
-    assert {"update", "env_steps", "return_mean", "success_rate", "seconds"} <= set(first)
-    assert (first["update"], first["env_steps"], second["update"], second["env_steps"]) == (1, 120, 2, 240)
-    assert second["success_rate"] == pytest.approx(0.5), "success_rate is over the last 100 episodes, of 120 here"
-    assert second["return_mean"] == pytest.approx(1.0), "return_mean is the undiscounted sum of an episode's rewards"
-    assert 0 < first["seconds"] <= second["seconds"]
-    early = next(train(_agent(), env_fn, Config(n_envs=1, n_steps=1)))
-    assert early["return_mean"] is None and early["success_rate"] is None, "None before an episode has ended"
+@pytest.mark.parametrize("cut", [False, True])
+def test_collect(cut):
+    """Two players, three steps; episodes of two steps, which are over or cut."""
+    agent = small_agent()
+    players = [Player(Clock(name, cut)) for name in ("you", "see")]
+    config = Config(n_envs=2, n_steps=3, gamma=0.5)
+    actions, last = collect(agent, players, config, rng(), [])
+    order = ["you s0", "you s1", "you s0", "see s0", "see s1", "see s0"]
+    assert [action.prompt for action in actions] == order, "player by player, step by step"
+    assert [action.done for action in actions] == [False, True, False] * 2
+    paid = torch.tensor([float(len(action.text)) for action in actions])
+    if cut:
+        paid[[1, 4]] += 0.5 * agent.values(["you s2", "see s2"])
+    near([a.reward for a in actions], paid, "only a time limit pays γ v(o_next)", tol=1e-5)
+    near(last, agent.values(["you s1", "see s1"]), "values of what is seen now", tol=1e-5)
 
 
-@NO_STEP
-def test_kl_stop_and_lr_decay():
-    options = dict(updates=1, n_envs=4, n_steps=4, epochs=2, minibatches=2, lr=0.01)
-    free, = train(_agent(), _agent_pays, Config(**options, kl_stop=None))
-    stopped, = train(_agent(), _agent_pays, Config(**options, kl_stop=1e-6))
-    assert free["minibatches"] == 4 and free["kl"] > 1e-6, "without kl_stop: epochs × minibatches"
-    assert stopped["minibatches"] == 1, "the first minibatch has KL 0; the next is above kl_stop and must not be used"
-    for decays in (False, True):
-        seen = []
-        with mock.patch.object(poad, "ppo_update", lambda agent, optimizer, *rest: seen.append(
-                [group["lr"] for group in optimizer.param_groups]) or {}):
-            list(train(_agent(), _agent_pays, Config(
-                updates=4, n_envs=1, n_steps=1, lr=0.1, critic_lr=0.2, lr_decay=decays)))
-        factors = (1, 0.75, 0.5, 0.25) if decays else (1, 1, 1, 1)
-        _agent_near(seen, [[0.1 * x, 0.2 * x] for x in factors], "lr_decay: both step sizes fall linearly", 1e-6)
+@pytest.mark.parametrize("method", METHODS)
+def test_train_where_nothing_can_be_chosen(method):
+    """One-entry menus, "eat now" and eos, which pays 7 twice: only the critic learns."""
+    agent = small_agent()
+    before = copy.deepcopy(agent)
+    config = Config(method, updates=2, n_envs=2, n_steps=3)
+    _, metrics = train(agent, partial(Clock, menu=["eat now"]), config)
+    expected = dict(update=2, env_steps=12, episodes=6, return_mean=14, success_rate=1)
+    assert expected.items() <= metrics.items() and metrics["tokens"] == 18 and metrics["kl"] == 0
+    assert all(math.isfinite(x) for x in metrics.values())
+    near(agent.lm.lm_head.weight, before.lm.lm_head.weight, "the LM must stand still")
+    assert not torch.equal(agent.values(PROMPTS), before.values(PROMPTS)), "the critic learns"
 
 
-# ------------------------------------------------------------------ the tiny agent learns
-
-AGENT_LUNCH = partial(make, "lunch")
-
-
-@lru_cache
-def _agent_lunch():
-    return tiny_agent(AGENT_LUNCH, pretrain_steps=60, max_new_tokens=20)
-
-
-def test_tiny_agent_is_reproducible_and_its_tokenizer_reads_every_menu():
-    for name in ("lunch", "orders", "food"):
-        env = make(name)
-        agent = tiny_agent(partial(make, name), seed=3, pretrain_steps=0)
-        for entry in env.reset()[1]["menu"]:
-            assert agent.tokenizer.decode(_agent_ids(agent, entry)) == entry, "an entry must survive the tokenizer"
-        assert agent.tokenizer("zebra").input_ids == [agent.tokenizer.unk_token_id], "an unknown word is <unk>"
-        assert agent.values(["a zebra, unheard of"]).isfinite().all()
-    noise = torch.get_rng_state()
-    one, two, other = (tiny_agent(AGENT_LUNCH, seed, 2).state_dict() for seed in (0, 0, 1))
-    assert torch.equal(noise, torch.get_rng_state()), "tiny_agent must leave torch's global generator alone"
-    assert all(torch.equal(one[k], two[k]) for k in one), "the same seed must give the same weights"
-    assert not torch.equal(one["lm.lm_head.weight"], other["lm.lm_head.weight"]), "another seed, other weights"
-
-
-def test_tiny_agent_speaks_the_language():
-    env, agent = AGENT_LUNCH(), _agent_lunch()
-    obs, info = env.reset()
-    env.step("put the salad in the bowl")
-    written = agent.act([obs] * 50, generator=_agent_rng()).text
-    known = sum(text in info["menu"] + env.menu() for text in written)
-    assert known >= 20, f"free text should often be a sentence: {written}"
-    scores, = agent.score([obs], [info["menu"]])
-    per_token = scores / torch.tensor([len(_agent_ids(agent, action)) for action in info["menu"]])
-    assert per_token.mean() > -1 > -3 > -math.log(len(agent.tokenizer)), "admissible words should be far above uniform"
-
-
-def test_poad_learns_to_serve_and_naive_does_not():
-    """From half and half: serving (17 words, pays 1.0) or eating (2 words, pays 0.7). Exact shares, not samples."""
-    env, share = AGENT_LUNCH(), {}
-    env.step("put the salad in the bowl")
-    obs, menu = env.observe(), env.menu()
-
-    def served(agent):
-        with torch.no_grad():
-            p = dict(zip(menu, _agent_log_policy(agent, obs, menu, "token").exp().tolist()))
-        serve = next(x for x in menu if x.endswith("serve the salad"))
-        return p[serve] / (p[serve] + p["eat it"])
-    for method in ("poad", "ntpo"):
-        agent = copy.deepcopy(_agent_lunch())
-        share["before"] = served(agent)
-        list(train(agent, AGENT_LUNCH, Config(method, updates=5, n_envs=8, n_steps=8, lr=1e-3)))
-        share[method] = served(agent)
-    assert 0.2 < share["before"] < 0.8 <= share["poad"], f"poad should learn to serve: {share}"
-    assert share["ntpo"] < 0.2 < share["poad"], f"naive discounts every word and should serve less: {share}"
-
-
-def test_micro_batches_add_up_to_the_whole_minibatch():
-    menus = itertools.cycle((AGENT_MENU, AGENT_MENU, AGENT_MENU[:1]))  # now and then there is nothing to choose
-    rollout = _agent_rollout(_agent(), lambda: _AgentEnv(lambda action: float(len(action)), 2, menu=next(menus)),
-                             Config(n_envs=3, n_steps=4))
-    found = []
-    for size in (None, 5, 1):  # 12 actions: at once; 5, 5 and 2; one by one, of which some are forced
-        agent, config = _agent(), Config(epochs=1, minibatches=1, micro_batch=size, max_grad_norm=1e9)
-        stats = ppo_update(agent, torch.optim.SGD(agent.parameters(), lr=0.1), rollout, config, _agent_rng())
-        found.append((torch.cat([p.detach().flatten() for p in agent.parameters()]), stats))
-    for size, (after, stats) in zip((5, 1), found[1:]):
-        _agent_near(after, found[0][0], f"gradients of micro-batches of {size} do not add up to that of the minibatch")
-        for name in ("kl", "clip_fraction", "entropy", "value_loss"):
-            assert stats[name] == pytest.approx(found[0][1][name], abs=1e-4), f"{name} depends on micro_batch={size}"
-
-
-def test_a_rollout_reads_nothing_twice():
-    agent, read = _agent(), []
-    agent.lm.register_forward_pre_hook(lambda lm, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
-    env = partial(_AgentEnv, limit=1)  # the same observation for ever
-    players = [Player(env()) for _ in range(3)]
-    calls = []
-    for steps in (1, 6):
-        read.clear()
-        poad.collect(agent, players, Config(n_steps=steps, n_envs=3), _agent_rng(), [])
-        calls.append(len(read))
-    assert calls[0] == calls[1], f"one step takes {calls[0]} readings of the LM, six of the same {calls[1]}"
-    list(poad.train(agent, env, Config(updates=2, n_envs=3, n_steps=2, lr=0.01)))  # asserts that nothing is outdated
-    assert agent.memory is None, "what is remembered must not outlive the rollout: the weights change"
-
-
-def test_greedy_players_in_one_place_write_once():
-    agent, read = _agent(), []
-    agent.lm.register_forward_pre_hook(lambda lm, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True)
-    prompts = ["you", "it", "you", "you", "it"]
-    menus = [AGENT_MENU, AGENT_MENU, AGENT_MENU, AGENT_PREFIX_MENU, AGENT_MENU]
-    together = agent.act(prompts, menus, greedy=True)
-    assert max(read) <= 3, f"three different situations, but {max(read)} rows were read"
-    for b, (prompt, menu) in enumerate(zip(prompts, menus)):
-        alone = agent.act([prompt], [menu], greedy=True)
-        assert together.text[b] == alone.text[0], f"player {b} says {together.text[b]!r}, but alone {alone.text[0]!r}"
-        _agent_near(together.logp[b].sum(), alone.logp.sum(), "greedy log-probability")
-
-
-def test_long_readings_are_cut_into_parts():
-    agent = _agent()
-    prompts, menus = ["you", "it", "you now"], [AGENT_MENU, AGENT_PREFIX_MENU, AGENT_MENU]
-    whole = [x.detach() for x in agent.score(prompts, menus)]
-    with mock.patch.object(agent.lm.config, "vocab_size", 2**21):  # as if it were so large that few rows fit
-        parts = agent.score(prompts, menus)
-    for a, b in zip(whole, parts):
-        _agent_near(b, a, "reading in parts changes the scores")
-
-
-def test_bfloat16_computes_and_trains():
-    agent, same = _agent(spread=0.1), _agent(spread=0.1)
-    agent.bf16 = True
-    a, b = (x.score(["you"], [AGENT_MENU])[0] for x in (agent, same))
-    assert a.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.1, "bfloat16 is near float32, and not the same"
-    assert all(p.dtype == torch.float32 for p in agent.parameters()), "the weights themselves stay float32"
-    for m in train(agent, _agent_pays, Config(updates=2, n_envs=3, n_steps=4)):
-        assert math.isfinite(m["kl"]) and math.isfinite(m["value_loss"])
-
-
-# ------------------------------------------------------------------ checkpoints and evaluation
-
-
-def _tiny(name, **options):
-    env_fn = partial(envs.make, name, **options)
-    return poad.tiny_agent(env_fn, pretrain_steps=2), env_fn
-
-
-def _plain(metrics):
-    return [{name: x for name, x in m.items() if name != "seconds"} for m in metrics]
-
-
-def _files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-@pytest.mark.parametrize("name, options, critic", [("food", {}, "head"), ("orders", dict(slots=2), "copy"),
-                                                   ("salad", {}, "head"), ("lunch", {}, "head")])
-def test_resume_goes_on_bit_for_bit(tmp_path, name, options, critic):
-    start, env_fn = _tiny(name, **options)
-    start = LanguageAgent(start.lm, start.tokenizer, critic)
-    config = Config(updates=4, n_envs=3, n_steps=7, epochs=1, lr_decay=True)  # 7: the cut falls into the episodes
-    whole, first, second = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start)
-    expected = list(train(whole, env_fn, config))
-    list(itertools.islice(train(first, env_fn, config, tmp_path / "run"), 2))
-    for player in second.parameters():
-        torch.nn.init.zeros_(player)  # whatever the new agent holds is replaced
-    torch.rand(5)  # no hidden dependence on torch's own generator
-    resumed = list(train(second, env_fn, config, tmp_path / "run", resume=True))
-    assert _plain(resumed) == _plain(expected), "the resumed run differs from an uninterrupted one"
-    assert [m["seconds"] for m in resumed] == sorted(m["seconds"] for m in resumed), "the clock goes on, too"
-    for (key, x), y in zip(whole.state_dict().items(), second.state_dict().values()):
-        assert torch.equal(x, y), f"{key} differs from that of an uninterrupted run"
-    assert len(_files(tmp_path / "run")) == 2, f"one checkpoint is kept, not {sorted(_files(tmp_path / 'run'))}"
-
-
-class _Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("bombed",)
-
-
-@pytest.mark.parametrize("damage", ("missing", "weights cut", "state cut", "foreign state", "code", "foreign weights"))
-def test_a_bad_checkpoint_is_refused_and_kept(tmp_path, monkeypatch, damage):
-    monkeypatch.chdir(tmp_path)
-    agent, env_fn = _tiny("lunch")
-    config, folder = Config(updates=1, n_envs=2, n_steps=2, epochs=1), tmp_path / "run"
-    list(train(agent, env_fn, config, folder))
-    weights, = folder.glob("*.safetensors")
-    if damage == "missing":
-        weights.unlink()
-    elif damage == "foreign weights":
-        poad.save_model(_tiny("pancake")[0], str(weights))
-    elif damage in ("foreign state", "code"):
-        torch.save({"x": 1} if damage == "foreign state" else {"metrics": [_Bomb()]}, folder / "state.pt")
-    else:
-        path = weights if damage == "weights cut" else folder / "state.pt"
-        path.write_bytes(path.read_bytes()[:1000])
-    before = _files(folder)
-    with pytest.raises(ValueError, match="run holds no checkpoint"):
-        list(train(agent, env_fn, dataclasses.replace(config, updates=2), folder, resume=True))
-    assert _files(folder) == before, "a bad checkpoint must stay as it is"
-    assert not (tmp_path / "bombed").exists(), "a checkpoint must never run code"
-
-
-def test_checkpoints_are_not_mixed_up(tmp_path):
-    agent, env_fn = _tiny("lunch")
-    config = Config(updates=1, n_envs=2, n_steps=2, epochs=1)
-    list(train(agent, env_fn, config, tmp_path))
-    before = _files(tmp_path)
-    for change, resume, words in (({}, False, "resume"), ({"lr": 0.5}, True, "configuration.*lr.*0.0003")):
-        with pytest.raises(ValueError, match=words):
-            list(train(agent, env_fn, dataclasses.replace(config, **change), tmp_path, resume))
-    with pytest.raises(ValueError, match="folder"):
-        next(train(agent, env_fn, config, resume=True))
-    decay = dataclasses.replace(config, lr_decay=True)
-    list(train(agent, env_fn, decay, tmp_path / "decay"))
-    with pytest.raises(ValueError, match="configuration"):  # another number of updates would be another decay
-        list(train(agent, env_fn, dataclasses.replace(decay, updates=2), tmp_path / "decay", resume=True))
-    (tmp_path / "decay" / "state.pt").unlink()
-    speaker, food = _tiny("food", wording="short")
-    list(train(speaker, food, dataclasses.replace(config, updates=2), tmp_path / "food"))
-    for updates, options, words in ((1, "short", "2 updates"), (2, "long", "other options")):
-        with pytest.raises(ValueError, match=words):
-            list(train(speaker, partial(envs.make, "food", wording=options),
-                       dataclasses.replace(config, updates=updates), tmp_path / "food", resume=True))
-    with pytest.raises(ValueError, match="Lunch"):  # the saved game is another one
-        list(train(agent, partial(envs.make, "pancake"), config, tmp_path, resume=True))
-    with pytest.raises(ValueError, match="snapshot"):
-        list(train(_agent(), _agent_pays, config, tmp_path / "other"))
-    assert _files(tmp_path) == before, "a refused run must not touch the checkpoint"
-
-
-def test_a_broken_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    agent, env_fn = _tiny("lunch")
-    config = Config(updates=3, n_envs=2, n_steps=2, epochs=1)
-    run = train(agent, env_fn, config, tmp_path)
-    next(run)
-    monkeypatch.setattr(torch, "save", mock.Mock(side_effect=KeyboardInterrupt))  # while the second one is written
-    with pytest.raises(KeyboardInterrupt):
-        next(run)
-    monkeypatch.undo()
-    assert len(list(train(_tiny("lunch")[0], env_fn, config, tmp_path, resume=True))) == 3
+def test_train_repeats_itself():
+    runs = []
+    for seed in (0, 0, 1):
+        config = Config(updates=2, n_envs=2, n_steps=1, seed=seed)
+        runs.append(list(train(small_agent(), Clock, config)))
+        for metrics in runs[-1]:
+            metrics.pop("seconds")
+    assert runs[0] == runs[1] and runs[0] != runs[2], "one seed, one run"
+    first, second = runs[0]
+    assert first["return_mean"] is None, "no episode has ended"
+    assert second["episodes"] == 2 and second["return_mean"] > 0
 
 
 def test_play():
-    agent, pays = _agent(spread=0.1), {text: float(k) for k, text in enumerate(AGENT_MENU)}
-    env = partial(_AgentEnv, pays.get, limit=1, wins=lambda: True)
-    with torch.no_grad():
-        chances = agent.score(["p0 s0"], [AGENT_MENU], "token")[0].softmax(-1)
-    played, story = poad.play(agent, env, 2000)
-    mean = sum(total for total, _ in played) / 2000
-    exact = sum(p * pays[text] for p, text in zip(chances.tolist(), AGENT_MENU))
-    assert len(played) == 2000 and all(success is True for _, success in played)
-    assert abs(mean - exact) < 4 * max(pays.values()) / 2000**0.5, f"mean return {mean}, but Σ π r is {exact}"
-    assert "p0 s0" in story and any(text in story for text in AGENT_MENU), f"the first episode is not told: {story}"
-    assert poad.play(agent, env, 5)[0] == poad.play(agent, env, 5)[0] != poad.play(agent, env, 50, seed=1)[0][:5]
-    greedy = {total for total, _ in poad.play(agent, env, 5, greedy=True)[0]}
-    assert len(greedy) == 1, f"greedy play in the same situation must not vary: {greedy}"
-    lengths = iter((3, 1, 2))
-    played, story = poad.play(agent, lambda: _AgentEnv(lambda action: 1.0, next(lengths)), 3)
-    assert [total for total, _ in played] == [3, 1, 2], "every episode ends for itself"
-    assert story.count("→") == 3, "the transcript is of the first episode, and whole"
+    agent = small_agent(spread=0.1)
+    Clock.seeds.clear()
+    list(train(agent, Clock, Config(updates=1, n_envs=3, n_steps=4)))
+    trained = set(Clock.seeds) - {None}
+    Clock.seeds.clear()
+    played, story = play(agent, Clock, 40)
+    seeds = set(Clock.seeds)
+    assert len(Clock.seeds) == len(seeds) == 40 and not trained & seeds, "seen in training"
+    assert played == play(agent, Clock, 40)[0] != play(agent, Clock, 40, seed=1)[0]
+    assert len(set(played)) > 1 == len(set(play(agent, Clock, 5, greedy=True)[0]))
+    assert "you s0" in story and "you s1" in story
+
+
+@pytest.mark.parametrize("name", sorted(set(ENVS) - {"scikit"}))
+def test_tiny_agent_reads_its_environment(name):
+    env_fn = partial(make, name)
+    obs, info = env_fn().reset(seed=0)
+    tokenizer = tiny_agent(env_fn, pretrain_steps=0).tokenizer
+    for text in (obs, *info["menu"]):
+        assert tokenizer.unk_token_id not in tokenizer(text).input_ids, text
+
+
+def test_poad_learns_to_serve_and_naive_does_not():
+    """Serving (17 words, pays 1) or eating at once (2 words, pays .7)."""
+    env_fn = partial(make, "lunch")
+    start = tiny_agent(env_fn, pretrain_steps=60)
+    served = {}
+    for method in ("poad", "ntpo"):
+        agent = copy.deepcopy(start)
+        list(train(agent, env_fn, Config(method, updates=7, n_envs=8, n_steps=8, lr=1e-3)))
+        served[method] = sum(success for _, success in play(agent, env_fn, 100)[0])
+    assert served["poad"] >= 90 and served["ntpo"] <= 10, served
 
 
 # ------------------------------------------------------------------ command line
 
 
 @pytest.fixture
-def _agent_cli(monkeypatch, tmp_path):
-    """`run(*args)` calls main in this process, with a hardly pre-trained agent and small rollouts."""
-    monkeypatch.setattr(poad, "tiny_agent", partial(tiny_agent, pretrain_steps=2))
-    monkeypatch.setitem(poad.PRESETS, "lunch", dict(updates=9, n_envs=2, n_steps=2, epochs=1))
+def cli(monkeypatch, tmp_path):
+    """main in an empty folder, on lunch, in small; it uses `cli.tiny_lm`, hardly pre-trained."""
+    def run(typed):
+        poad.main(("--env lunch --n_envs 2 --epochs 1 " + typed).split())
+    run.tiny_lm = Mock(side_effect=lambda env_fn, seed, steps: envs.tiny_lm(env_fn, seed, 2))
+    monkeypatch.setattr(poad, "tiny_lm", run.tiny_lm)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    return lambda *args: poad.main(["--env", "lunch", *args])
+    return run
 
 
-def _agent_json(path):
-    def refuse(name):
-        pytest.fail(f"{name} is not JSON")
-    return json.loads(path.read_text(), parse_constant=refuse)["runs"]
+def runs_in(path):
+    """The runs of a JSON file, which has no NaN and no Infinity in it: they are not JSON."""
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert found["command"].startswith("python poad.py --env lunch")
+    return found["runs"]
 
 
-def test_command_line(_agent_cli, tmp_path, capsys):
-    out = tmp_path / "new" / "x.json"
-    _agent_cli("--updates", "1", "--seed", "4", "--seeds", "2", "--method", "poad,glam", "--out", str(out))
-    runs = _agent_json(out)
-    assert [(r["config"]["method"], r["config"]["seed"]) for r in sorted(runs, key=str)] == [
-        ("glam", 4), ("glam", 5), ("poad", 4), ("poad", 5)], "--seeds counts from --seed, for every method"
-    for run in runs:
-        assert run["config"]["env"] == "lunch" and run["config"]["gamma"] == 0.95
-        metrics, = run["metrics"]  # --updates 1
-        assert {"update", "env_steps", "return_mean", "success_rate", "seconds"} <= set(metrics)
-    assert out.with_suffix(".png").stat().st_size > 1000, "the picture goes beside --out"
-    printed = capsys.readouterr().out
-    assert "poad" in printed and "glam" in printed and "success" in printed, "a table should be printed"
+def test_command_line(cli, tmp_path, capsys):
+    cli("--updates 1 --seed 4 --seeds 2 --method poad,glam --kl_stop inf --out new/x.json")
+    told = []
+    for run in runs_in(tmp_path / "new/x.json"):
+        config = run["config"]
+        told.append((config["method"], config["seed"]))
+        assert len(run["metrics"]) == 1 and run["exam"]["episodes"] == 100
+        assert config["n_steps"] == poad.PRESETS["lunch"]["n_steps"] != Config().n_steps
+    assert sorted(told) == [("glam", 4), ("glam", 5), ("poad", 4), ("poad", 5)]
+    assert (tmp_path / "new/x.png").stat().st_size > 1000
+    assert capsys.readouterr().out.count("±") == 4, "a table, two numbers for each method"
 
 
-@pytest.mark.parametrize("args, said", (
-    (("--env", "dinner"), ("dinner", "lunch", "food")), (("--method", "poad,ppo"), ("ppo", "poad", "twosome")),
-    (("--method", "glam", "--env", "scikit"), ("glam", "poad", "need a menu")),
-    (("--wording", "long"), ("wording",)),
-    (("--model", "/no/such/folder"), ("/no/such/folder", "tiny")), (("--updates", "many"), ("updates", "many")),
-    (("--model", "/no/such/model.gguf"), ("model.gguf", "tiny"))))
-def test_command_line_refuses_in_one_line(_agent_cli, capsys, args, said):
+@pytest.mark.parametrize("typed", [
+    "--env dinner", "--wording long", "--method ppo", "--method glam --env scikit", "--colour red",
+    "--updates many", "--updates 0", "--gamma 2", "--seeds 0", "--device cuda:99",
+    "--model /no/such"])
+def test_command_line_refuses_in_one_line(cli, capsys, typed):
     with pytest.raises(SystemExit) as stop:
-        _agent_cli(*args)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1, f"exit code 2 and one line, not {stop.value.code} and {lines}"
-    assert all(word in lines[0] for word in said), f"the line should say {said}: {lines[0]}"
+        cli(typed)
+    said = capsys.readouterr().err
+    if isinstance(stop.value.code, str):                # Python prints it and exits with 1
+        said = said + stop.value.code
+    assert stop.value.code and len(said.strip().splitlines()) == 1, said
+    cli.tiny_lm.assert_not_called()
 
 
-def test_command_line_keeps_what_was_measured(_agent_cli, tmp_path, monkeypatch, capsys):
-    def train_then_interrupt(*args):
-        yield dict(update=1, env_steps=4, episodes=0, return_mean=None, success_rate=None, seconds=0.1)
+def test_command_line_help(cli, capsys):
+    with pytest.raises(SystemExit):
+        cli("--help")
+    said = capsys.readouterr().out
+    assert all(f"--{knob.name} " in said for knob in fields(Config))
+
+
+def test_command_line_keeps_what_was_measured(cli, tmp_path, monkeypatch):
+    def interrupted(agent, env_fn, config):
+        yield from train(agent, env_fn, config)
         raise KeyboardInterrupt
-    monkeypatch.setattr(poad, "train", train_then_interrupt)
-    _agent_cli()
-    out, = (tmp_path / "runs").glob("*.json")  # the default folder
-    run, = _agent_json(out)
-    assert [m["update"] for m in run["metrics"]] == [1] and run["metrics"][0]["return_mean"] is None
-    assert out.with_suffix(".png").exists() and "interrupt" in "".join(capsys.readouterr()).lower()
+    monkeypatch.setattr(poad, "train", interrupted)
+    cli("--method poad --n_steps 1 --updates 2")
+    [run] = runs_in(tmp_path / "runs/lunch.json")
+    assert len(run["metrics"]) == 2 and run["exam"] is None
+    assert run["metrics"][0]["return_mean"] is None, "no episode has ended"
+    assert (tmp_path / "runs/lunch.png").exists()
 
 
-def test_command_line_saves_resumes_and_evaluates(_agent_cli, tmp_path, capsys):
-    def metrics(name):
-        return {run["config"]["method"]: _plain(run["metrics"]) for run in _agent_json(tmp_path / name)}
-    both = ("--method", "poad,glam")
-    _agent_cli(*both, "--updates", "3", "--out", "whole.json")
-    _agent_cli(*both, "--updates", "2", "--out", "part.json", "--save", "kept")
-    _agent_cli(*both, "--updates", "3", "--out", "more.json", "--resume", "kept")
-    assert metrics("part.json") == {m: x[:2] for m, x in metrics("whole.json").items()}
-    assert metrics("more.json") == metrics("whole.json"), "saved after 2 of 3 updates and resumed is not the same run"
+def test_command_line_saves_and_plays(cli, capsys):
+    cli("--method poad --updates 1 --n_steps 1 --train-layers 1 --save kept")
     capsys.readouterr()
-    for args in (("--resume", "kept"), ()):  # a saved and a fresh agent
-        _agent_cli(*both, *args, "--eval", "3")
-        printed = capsys.readouterr().out
-        assert printed.count("3 sampled episodes") == printed.count("3 greedy episodes") == 2, printed
-        assert "success" in printed and "mean return" in printed and "salad" in printed, "figures, and a transcript"
-    for args, words in ((("--save", "kept"), "resume"), (("--resume", "nowhere"), "nowhere"), (("--eval", "-1"), "-1"),
-                        (("--resume", "kept", "--lr", "0.5"), "configuration"),
-                        (("--resume", "kept", "--eval", "2", "--seed", "1"), "no checkpoint")):
-        with pytest.raises(SystemExit):
-            _agent_cli(*both, *args, "--updates", "3")
-        assert words in capsys.readouterr().err
-
-
-def test_command_line_sets_every_knob(_agent_cli, tmp_path):
-    _agent_cli("--method", "poad", "--updates", "1", "--lr", "0.25", "--kl_stop", "null", "--n_envs", "3")
-    config = _agent_json(tmp_path / "runs" / "lunch.json")[0]["config"]
-    assert (config["lr"], config["kl_stop"], config["n_envs"], config["n_steps"]) == (0.25, None, 3, 2)
+    cli("--method poad --model kept/poad-0 --eval 2")
+    said = capsys.readouterr().out
+    assert "→" in said and "salad" in said and said.count("success_rate") >= 2, said
 
 
 @ON_BOTH_LMS
-def test_train_layers(tmp_path, kind):
-    with pytest.raises(ValueError, match="2 layers"):
-        poad.load_agent("tiny", AGENT_LUNCH, train_layers=9)
-    agent = _agent(kind)
-    agent.lm.save_pretrained(tmp_path)
-    agent.tokenizer.save_pretrained(tmp_path)
-    for count, learn in ((1, {"1"}), (None, {"0", "1", ""})):
-        loaded = poad.load_agent(str(tmp_path), AGENT_LUNCH, train_layers=count)
-        before = copy.deepcopy(loaded.lm.state_dict())
-        list(train(loaded, _agent_pays, Config(updates=1, n_envs=2, n_steps=2, lr=0.01)))
-        moved = {name for name, x in loaded.lm.state_dict().items() if not torch.equal(x, before[name])}
-        layers = {"".join(re.findall(r"\.(\d+)\.", name)) for name in moved}
-        assert layers == learn, f"train_layers={count}: what moved is {moved}"
+@WITH_BOTH_CRITICS
+def test_save_and_load(tmp_path, kind, critic):
+    agent = small_agent(kind, critic)
+    agent.save(tmp_path)
+    loaded = load_agent(str(tmp_path), Clock, train_layers=1)
+    near(loaded.values(PROMPTS), agent.values(PROMPTS), "the critic", tol=1e-6)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for lm in (loaded.lm, plain):
+        near(read(lm, "you", [3])[0], read(agent.lm, "you", [3])[0], "log-probs", tol=1e-6)
+    list(train(loaded, Clock, Config(updates=1, n_envs=2, n_steps=2, lr=0.01)))
+    for name, x in loaded.lm.state_dict().items():
+        same = torch.equal(x, agent.lm.state_dict()[name])
+        assert same == (".1." not in name), f"{name}: only the last layer learns"
 
 
-def test_load_agent_reads_a_local_folder(tmp_path):
-    agent = _agent("gpt2")
-    agent.lm.save_pretrained(tmp_path)
-    agent.tokenizer.save_pretrained(tmp_path)
-    loaded = poad.load_agent(str(tmp_path), AGENT_LUNCH)
-    got, want = (x.score(["you"], [AGENT_MENU])[0] for x in (loaded, agent))
-    _agent_near(got, want, "the saved LM was not loaded")
+# ------------------------------------------------------------------ tabular environments
 
 
-TEXT_ENVS = ("pancake", "lunch", "food", "entertainment", "orders", "salad", "salad2")
-
-
-# ---- environments: exact oracles
-
-
-def _graph(env):
-    """(states, rows): all non-terminal states, the start first, found by search through the `state` setter;
-    rows[i] = [(action, ticks it adds to the clock, reward, terminated, success, index of the next state), ...]."""
-    env = copy.deepcopy(env)
-    env.reset(0)
-    states, rows = [env.state], []
-    index = {env.state: 0}
-    for state in states:  # grows while it is read
-        env.reset(0)
-        env.state, out = state, []
-        for action in env.menu():
-            env.reset(0)
-            env.state = state
-            _, reward, end, _, info = env.step(action)
-            if not end and env.state not in index:
-                index[env.state] = len(states)
-                states.append(env.state)
-            out.append((action, env.clock, reward, end, info.get("success", False), None if end else index[env.state]))
-        rows.append(out)
-    return states, rows
-
-
-def _random_play(env, rows):
-    """(success, return) of a uniformly random agent: the distribution over (ticks, state), pushed forward."""
-    alive, success, total = {0: {0: 1.0}}, 0.0, 0.0
-    for ticks in range(env.limit):
-        for i, p in alive.pop(ticks, {}).items():
-            for _, n, reward, end, won, after in rows[i]:
-                q, cut = p / len(rows[i]), not end and ticks + n >= env.limit
-                total, success = total + q * (reward + env.limit_reward * cut), success + q * won
-                if not end and not cut:
-                    then = alive.setdefault(ticks + n, {})
-                    then[after] = then.get(after, 0.0) + q
-    return success, total
-
-
-def _shortest(rows):
-    """(fewest actions to success, number of such sequences, {ticks: how many of them})."""
-    level, length, won = {(0, 0): 1}, 0, {}
-    while not won:
-        length, new = length + 1, {}
-        for (i, ticks), count in level.items():
-            for _, n, _, end, success, after in rows[i]:
-                into, key = (won, ticks + n) if success else (new, (after, ticks + n))
-                if success or not end:
-                    into[key] = into.get(key, 0) + count
-        level = new
-    return length, sum(won.values()), won
-
-
-def _best_return(env, rows, gamma):
-    """The best return of a policy that sees the clock, by backward induction; gamma per action."""
-    values = [None] * env.limit
-    for ticks in reversed(range(env.limit)):
-        values[ticks] = [max(r + (0 if end else env.limit_reward if ticks + n >= env.limit else
-                                  gamma * values[ticks + n][after]) for _, n, r, end, _, after in out) for out in rows]
-    return values[0][0]
-
-
-def _play(env, actions, seed=0):
-    env.reset(seed)
-    return [env.step(action) for action in actions]
-
-
-# ---- TokenMDP
-
-
-def test_trie_by_hand():
-    # actions: 0 = "a", 1 = "b a", 2 = "b b c"; prefixes, shorter first: (), (b), (b b)
-    mdp = TokenMDP(np.ones((1, 3, 1)), [[1, 2, 3]], [[0], [1, 0], torch.tensor([1, 1, 2])], ["a", "b", "c"])
-    assert mdp.actions == ((0,), (1, 0), (1, 1, 2)) and mdp.vocab == ("a", "b", "c")
+def test_token_mdp_by_hand():
+    """Actions a, b a, b b c; prefixes, shorter first: (), (b), (b b)."""
+    reward = np.zeros((1, 3))
+    mdp = TokenMDP([[[1]] * 3], reward, [[0], [1, 0], [1, 1, 2]], ["a", "b", "c"])
+    reward[:] = 7
+    near(mdp.reward, [[0, 0, 0]], "tables must be copied")
+    assert mdp.actions == ((0,), (1, 0), (1, 1, 2))
     assert mdp.prefixes == ((), (1,), (1, 1))
     assert mdp.child.tolist() == [[-1, 1, -1], [-1, 2, -1], [-1, -1, -1]]
     assert mdp.leaf.tolist() == [[0, -1, -1], [1, -1, -1], [-1, -1, 2]]
-    assert mdp.transition.dtype == mdp.reward.dtype == torch.float64
-    assert mdp.child.dtype == mdp.leaf.dtype == torch.long
-    assert doctest.testmod(envs).failed == 0
-
-
-def test_token_mdp_copies_its_tables():
-    transition, reward = torch.ones(1, 1, 1, dtype=torch.float64), np.zeros((1, 1))
-    mdp = TokenMDP(transition, reward, [(0,)], ["a"])
-    transition.zero_(), reward.fill(7.0)
-    assert mdp.transition.item() == 1.0 and mdp.reward.item() == 0.0
-
-
-@pytest.mark.parametrize("words, change", [
-    ("shape|must be", {"reward": [[0.0]]}), ("must be", {"transition": [[1.0, 1.0]]}), ("must be", {"transition": []}),
-    ("table of numbers", {"reward": [[0.0], [0.0, 1.0]]}), ("table of numbers", {"reward": None}),
-    ("state 0, action 1 does not sum", {"transition": [[[1.0], [0.9]]]}),
-    ("state 0, action 0 does not sum", {"transition": [[[float("nan")], [1.0]]]}),
-    ("state 0, action 1 has a reward", {"reward": [[0.0, float("inf")]]}),
-    ("action 1 is \\(\\)", {"actions": [(0,), ()]}), ("action 0 is \\(2,\\)", {"actions": [(2,), (1,)]}),
-    ("action 1 is \\(-1,\\)", {"actions": [(0,), (-1,)]}), ("whole numbers", {"actions": [(0,), (0.5,)]}),
-    ("must be", {"actions": []}), ("action 0, \\(0,\\), is the same as action 1", {"actions": [(0,), (0,)]}),
-    ("action 1, \\(0,\\), is a proper prefix of action 0, \\(0, 1\\)", {"actions": [(0, 1), (0,)]}),
-    ("vocab entry 1", {"vocab": ["a", "a"]}), ("vocab entry 0", {"vocab": [1, "a"]})])
-def test_token_mdp_errors(words, change):
-    good = {"transition": [[[1.0], [1.0]]], "reward": [[0.0, 0.0]], "actions": [(0,), (1,)], "vocab": ["a", "b"]}
-    TokenMDP(**good)
-    with pytest.raises(ValueError, match=words):
-        TokenMDP(**(good | change))
-
-
-def test_negative_probability():
-    with pytest.raises(ValueError, match="state 1, action 0 has a negative"):
-        TokenMDP([[[1.0, 0.0]], [[-0.5, 1.5]]], [[0.0], [0.0]], [(0,)], ["a"])
 
 
 def test_random_mdp():
-    for seed in range(50):
-        mdp, again = random_mdp(seed), random_mdp(seed)
-        assert mdp.transition.shape == (4, 5, 4) and mdp.reward.shape == (4, 5) and len(mdp.vocab) == 4
-        assert len(set(map(len, mdp.actions))) > 1 and max(map(len, mdp.actions)) <= 4
-        assert not any(a != b and b[:len(a)] == a for a in mdp.actions for b in mdp.actions)
-        assert mdp.actions == again.actions and torch.equal(mdp.reward, again.reward)
-        assert torch.equal(mdp.transition, again.transition)
-    assert len({random_mdp(seed).actions for seed in range(50)}) > 5
-    assert not torch.equal(random_mdp(0).reward, random_mdp(1).reward)
-    # 2 words, 3 tokens: 8 sequences all fit, at full length; 7 of them leave room for one short action (8 - 2 + 1)
-    assert set(map(len, random_mdp(0, actions=8, vocab=2, max_length=3).actions)) == {3}
-    assert set(map(len, random_mdp(0, actions=7, vocab=2, max_length=3).actions)) == {2, 3}
-    for bad in ({"actions": 9, "vocab": 2, "max_length": 3}, {"actions": 2, "vocab": 1}, {"states": 0}):
-        with pytest.raises(ValueError, match="do not fit|below 1"):
-            random_mdp(0, **bad)
+    seen = set()
+    for seed in range(20):
+        mdp = random_mdp(seed)
+        lengths = [len(action) for action in mdp.actions]
+        assert mdp.transition.shape == (4, 5, 4)
+        assert min(lengths) < max(lengths) <= 4, "actions must be of mixed lengths"
+        assert torch.equal(mdp.transition, random_mdp(seed).transition)
+        seen.add((mdp.actions, float(mdp.reward[0, 0])))
+    assert len(seen) == 20, "another seed, another MDP"
 
 
 def test_lunch_mdp_fools_the_naive_learner():
     mdp = lunch_mdp()
-    assert len(mdp.transition) <= 5 and all(word.isalpha() for word in mdp.vocab)
-    transition, reward = mdp.transition.tolist(), mdp.reward.tolist()
-
-    def greedy(gamma_token):
-        # token-level values from their definition: discounting inside an action multiplies what it is worth by
-        # gamma_token ** (length - 1), and the greedy token leads to the action with the largest of these products
-        v = [0.0] * len(reward)
-        for _ in range(500):
-            q = [[gamma_token ** (len(action) - 1) * (r + 0.95 * sum(p * x for p, x in zip(row, v)))
-                  for action, r, row in zip(mdp.actions, *tables)] for tables in zip(reward, transition)]
-            v = list(map(max, q))
-        return q
-
-    best, naive = greedy(1.0), greedy(0.95)
-    choice, trap = best[1].index(max(best[1])), naive[1].index(max(naive[1]))
-    assert choice != trap and len(mdp.actions[choice]) > len(mdp.actions[trap])
-    assert best[1][choice] - best[1][trap] == pytest.approx(1.0 - 0.7)
-    assert naive[1][trap] - naive[1][choice] == pytest.approx(0.95 * 0.7 - 0.95**13)  # 2 words and 14: a margin of .15
+    assert len(mdp.reward) <= 5
+    length = t([len(action) for action in mdp.actions])
+    q, _ = exact(mdp, 0.95)
+    naive, _ = exact(mdp, 0.95, 0.95)
+    chosen = (0.95 ** (length - 1) * naive).argmax(-1)  # (S,)
+    loss = q.amax(-1) - q[range(len(q)), chosen]
+    assert loss.max() > 0.1, "somewhere the naive choice must be clearly worse"
 
 
-# ---- text environments: reference numbers
+# ------------------------------------------------------------------ reference numbers
 
 
-def test_pancake_numbers():
-    env = make("pancake")
-    states, rows = _graph(env)
-    assert [len(out) for out in rows] == [2, 1, 2]
-    # put in takes one step, the other two each succeed with 1/2 a step; in 5 steps that leaves 4 for both:
-    # 1 - P(less than two heads in 4) = 1 - (1 + 4) / 16 = 11/16; the return is 2 * 11/16 - 1
-    assert _random_play(env, rows) == pytest.approx((0.6875, 0.375))
-    assert _shortest(rows)[:2] == (3, 1) and _best_return(env, rows, 0.95) == pytest.approx(0.9025)
-    steps = _play(env, ["close the microwave"] * 4 + ["nonsense"])
-    assert [s[1] for s in steps] == [0, 0, 0, 0, -1] and steps[-1][2:4] == (False, True)
-    assert steps[-1][4]["success"] is False
+def explore(env):
+    """Everything that play can reach: a list of (state, its menu), the start first, and one row
+    (number of the state, moves, reward, success, number of the next state or -1) an action."""
+    _, info = env.reset(0)
+    found = [(env.state, info["menu"])]
+    number = {env.state: 0}
+    rows = []
+    for state, menu in found:  # it grows
+        for action in menu:
+            env.reset(0)
+            env.state = state
+            _, reward, over, _, info = env.step(action)
+            if not over and env.state not in number:
+                number[env.state] = len(found)
+                found.append((env.state, info["menu"]))
+            after = -1 if over else number[env.state]
+            rows.append((number[state], env.clock, reward, info.get("success", False), after))
+    return found, rows
 
 
-def test_lunch_numbers():
-    env = make("lunch")
-    # not decided after n steps with p = 1/2, then 1/3: served = half of 1 - P(undecided after 12) = .4995
-    undecided = 0.5**12 + sum(0.5**k * (1 / 3) ** (12 - k) for k in range(1, 13))
-    served = (1 - undecided) / 2
-    assert served == pytest.approx(0.4995, abs=5e-5)
-    assert _random_play(env, _graph(env)[1]) == pytest.approx((served, 1.7 * served))  # 1.0 + 0.7, each as often
-    assert 1.7 * served == pytest.approx(0.849, abs=5e-4)
-    eat, wait, serve = env.step("put the salad in the bowl")[4]["menu"]
-    assert [len(a.split()) for a in (eat, wait, serve)] == [2, 1, 17]
-    assert env.step(eat)[1:] == (0.7, True, False, {"success": False})
-    assert _play(env, ["put the salad in the bowl", serve])[-1][1:] == (1.0, True, False, {"success": True})
+def shortest(states, rows):
+    """(fewest actions to success, number of such sequences)."""
+    ways = torch.zeros(states, states)
+    wins = torch.zeros(states)
+    for state, _, _, success, after in rows:
+        wins[state] += success
+        if after >= 0:
+            ways[state, after] += 1
+    reached = torch.eye(states)[0]
+    length = 1
+    while reached @ wins == 0:
+        reached = reached @ ways
+        length += 1
+    return length, int(reached @ wins)
 
 
-def test_food_numbers():
-    env = make("food")
-    states, rows = _graph(env)
-    assert len(states) == 27 and _random_play(env, rows) == pytest.approx((0.0169, 0.0169), abs=5e-5)
-    assert _shortest(rows)[:2] == (6, 1) and _best_return(env, rows, 0.95) == pytest.approx(0.95**5)  # .7738
-    best = ["walk to the pancake", "grab the pancake", "walk to the microwave", "open the microwave",
-            "put the pancake in the microwave", "close the microwave"]
-    assert _play(env, best)[-1][1:4] == (1.0, True, False)
+def induction(rows, column, limit, penalty, reduce, gamma=1.0):
+    """V of the start, backwards over the clock: the best ("amax") or "mean" action counts."""
+    state, moves, *_, after = torch.tensor(rows).T.long()
+    gain = t(rows)[:, column]
+    v = torch.full((limit + 30, max(state) + 2), penalty / gamma).double()  # (clock, state)
+    v[:, -1] = 0
+    for clock in reversed(range(limit)):
+        q = gain + gamma * v[clock + moves, after]
+        v[clock, :-1] = v[0, :-1].scatter_reduce(0, state, q, reduce, include_self=False)
+    return v[0, 0]
 
 
-def test_food_menus():
-    rooms = ["walk to the living room", "walk to the bathroom", "walk to the bedroom"]
-    item, appliance = "walk to the pancake", "walk to the microwave"
-    table = {  # (where the pancake is, what one is near) → the rest of the menu in the kitchen
-        ("table", "nothing"): [item, appliance], ("inside", "nothing"): [item, appliance],
-        ("table", "item"): [appliance, "grab the pancake"],
-        ("table", "appliance"): [item, "open the microwave", "close the microwave"],
-        ("hand", "nothing"): [item, appliance],
-        ("hand", "appliance"): [item, "put the pancake in the microwave", "open the microwave", "close the microwave"],
-        ("inside", "both"): ["open the microwave", "close the microwave"]}
-    env, met = make("food"), set()
-    for state in _graph(env)[0]:
-        env.state = state
-        if state.room == "kitchen":
-            met.add((state.item, state.near))
-            assert env.menu() == rooms + table[state.item, state.near]
-        else:
-            assert len(env.menu()) == 3 and f"walk to the {state.room}" not in env.menu()
-            assert "open" not in env.observe() and "table" not in env.observe()  # out of sight
-    assert met == set(table)
+@pytest.mark.parametrize("name, limit, states, fewest, sequences, best, success, mean", [
+    ("pancake", 5, 3, 3, 1, .9025, 68.75, .375),
+    ("lunch", 12, 2, 2, 1, .95, 49.951, .84917),
+    ("food", 50, 27, 6, 1, .77378, 1.6909, .016909),
+    ("entertainment", 50, 152, 11, 8, .59874, .30094, .0030094),
+    ("salad", 200, 24, 6, 3, .90921, 44.196, -.10802),
+    ("salad2", 200, 1156, 10, 48, .91765, 1.0191, -.55652)])
+def test_reference_numbers(name, limit, states, fewest, sequences, best, success, mean):
+    """Best return at γ = .95; success in percent and mean return (γ = 1) of a random agent."""
+    found, rows = explore(make(name))
+    penalty = -float(name == "pancake")  # at the time limit
+    assert len(found) == states
+    assert shortest(states, rows) == (fewest, sequences)
+    near(induction(rows, 2, limit, penalty, "amax", 0.95), best, "best return", tol=1e-4)
+    near(100 * induction(rows, 3, limit, 0.0, "mean"), success, "success", tol=1e-4)
+    near(induction(rows, 2, limit, penalty, "mean"), mean, "mean return", tol=1e-4)
 
 
 def test_food_wordings_keep_the_rules():
-    short, long = make("food"), make("food", wording="long")
-
-    def shape(env):
-        states, rows = _graph(env)
-        return states, [[row[1:] for row in out] for out in rows]
-
-    assert all(3 <= len(text.split()) <= 6 for text in short.words.values())
-    assert all(13 <= len(text.split()) <= 15 for text in long.words.values()) and len(set(long.words.values())) == 10
-    assert shape(short) == shape(long)
-    assert len(FOOD_UNSEEN) == 6
-    for pair in FOOD_UNSEEN:
-        for wording in ("short", "long"):
-            env = make("food", item=pair[0], appliance=pair[1], wording=wording)
-            text = env.observe() + " ".join(a for out in _graph(env)[1] for a, *_ in out)
-            assert shape(env) == shape(short) and pair[0] in text and pair[1] in text
-            assert "pancake" not in text and "microwave" not in text.replace(pair[1], "")
+    _, rules = explore(make("food"))
+    found, rows = explore(make("food", item="dishes", appliance="dishwasher", wording="long"))
+    texts = [action for _, menu in found for action in menu]
+    assert rows == rules
+    assert {len(text.split()) for text in texts} <= {13, 14, 15}
+    assert "pancake" not in str(texts) and "microwave" not in str(texts)
 
 
-def test_entertainment_numbers():
-    env = make("entertainment")
-    states, rows = _graph(env)
-    assert len(states) == 152 and _shortest(rows)[:2] == (11, 8)
-    assert _best_return(env, rows, 0.95) == pytest.approx(0.95**10)  # .5987
-    assert _random_play(env, rows) == pytest.approx((0.003009, 0.003009), abs=5e-7)
-    state = env.reset()[0] and env.state._replace(room="living room", near="television", chips="hand", milk="hand")
-    env.state = state
-    env.step("turn on the television")
-    assert env.state == state  # two full hands
-    env.state = state._replace(near="sofa", sitting=True)
-    assert env.menu() == ["stand up from the sofa"]
-
-
-@pytest.mark.parametrize("name, states, shortest, moves, best, play", [
-    ("salad", 24, (6, 3), {28: 1, 31: 2}, 0.9092, (0.442, -0.108)),
-    ("salad2", 1156, (10, 48), {45: 16, 46: 12, 47: 16, 48: 4}, 0.9176, (0.0102, -0.557))])
-def test_salad_numbers(name, states, shortest, moves, best, play):
-    env = make(name)
-    found, rows = _graph(env)
-    assert len(found) == states and _best_return(env, rows, 0.95) == pytest.approx(best, abs=5e-5)
-    assert _shortest(rows) == (*shortest, moves)
-    assert _random_play(env, rows) == pytest.approx(play, abs=5e-4)
-    if name == "salad":  # at γ = .99 chopping again and again pays more than the honest 1.095
-        assert _best_return(env, rows, 0.99) == pytest.approx(1.289, abs=5e-4)
+def test_food_hides_what_is_out_of_sight():
+    env = make("food")
+    env.step("walk to the microwave")
+    closed = copy.deepcopy(env)
+    env.step("open the microwave")
+    assert env.step("walk to the bedroom")[0] == closed.step("walk to the bedroom")[0]
+    assert env.state != closed.state
 
 
 def test_salad_by_hand():
+    """One delivered salad: tomato, board, chop, bowl, fill it, counter."""
+    # cells walked: 1 | 4 | 0 | 8 | 8 | 2; taking, putting, serving is one move, chopping three
+    plan = [("pick up the tomato", 2, 0), ("put the tomato on the first board", 5, 0),
+            ("chop the tomato", 3, .2), ("take the bowl", 9, 0),
+            ("put the tomato in the bowl", 9, 0), ("serve the dish", 3, 1)]
     env = make("salad")
-    menu = ["pick up the tomato", "take the bowl", "walk to the first board", "serve nothing", "chop nothing"]
-    assert env.menu() == menu
-    # cells (1,4) → tomato (1,5) → board (1,1) → bowl (5,5) → board → counter (3,1): 1 + 4 + 0 + 8 + 8 + 2 cells; and
-    # one move each to take, put, take the bowl, fill it and serve, three to chop: 23 + 8 = 31 moves
-    plan = ["pick up the tomato", "put the tomato on the first board", "chop the tomato", "take the bowl",
-            "put the tomato in the bowl", "serve the dish"]
-    steps, ticks = [], []
-    for action in plan:
-        steps.append(env.step(action))
-        ticks.append(env.clock)
-    assert ticks == [2, 7, 10, 19, 28, 31] and steps[-1][2:4] == (True, False) and steps[-1][4]["success"]
-    events = [0, 0, 0.2, 0, 0, 1]
-    for n, event, step in zip([2, 5, 3, 9, 9, 3], events, steps):
-        assert step[1] == pytest.approx(sum(-0.001 * 0.99**i for i in range(n)) + 0.99 ** (n - 1) * event)
-    env.reset()
-    step = env.step("juggle")
-    assert step[1] == pytest.approx(-0.001) and env.clock == 1 and step[4]["invalid"]
-    env.reset()
-    serves = [env.step(a) for a in ("pick up the tomato", "serve the dish")]  # a raw tomato: 2 + 6 cells + 1 to serve
-    assert serves[1][1] == pytest.approx(-0.1 * (1 - 0.99**7) - 0.1 * 0.99**6) and env.state.hand == ""
+    for action, moves, event in plan:
+        _, reward, terminated, truncated, info = env.step(action)
+        right = -.1 * (1 - .99 ** moves) + .99 ** (moves - 1) * event
+        assert reward == pytest.approx(right), action
+    assert terminated and info["success"]
 
 
-def test_orders_numbers():
-    env = make("orders", guests=2)
-    menu = env.menu()
-    assert len(menu) == len(set(menu)) == 256 and all(len(a.split()) == 5 for a in menu)
-    for guest in envs.GUESTS:  # by symmetry each slot is right in a quarter of the menu: mean reward .25 / guests
-        rewards = []
-        for action in menu:
+def test_orders():
+    """Every guest has one wish; a random order is a quarter right; all wishes pay 1 in all."""
+    wishes = {}
+    for seed in range(20):
+        env = make("orders", guests=2)
+        guest, info = env.reset(seed)
+        state = env.state
+        pays = {}
+        for action in info["menu"]:
             env.reset()
-            env.state = env.state._replace(guest=guest)
-            rewards.append(env.step(action)[1])
-        assert sum(rewards) / 256 == pytest.approx(0.25 / 2) and max(rewards) == 0.5
-    for slots, words in ((1, 4), (2, 2), (3, 2), (2, 3), (4, 4), (6, 4), (8, 6)):
-        env = make("orders", slots=slots, words=words, guests=3)
-        assert len(set(map(tuple, env.wanted.values()))) == 4
-        assert env.wanted == make("orders", slots=slots, words=words).wanted
-        (_, info), total = env.reset(5), 0.0
-        assert ("menu" in info) == (words**slots <= 256)
-        for to_come in (2, 1, 0):
-            assert env.state.to_come == to_come and env.state.guest in env.observe()
-            _, reward, end, cut, info = env.step("serve " + " ".join(env.wanted[env.state.guest]))
-            total += reward
-        assert total == pytest.approx(1.0) and end and not cut and info["success"]
-    for text in ("serve", "serve soup", "", " ", "eat " + "soup bread tea cake fish salt", "serve" + " soup" * 6, None):
-        env = make("orders", slots=6, guests=2)
-        good = env.random_action()
-        step = env.step(text)
-        assert step[1] == 0.0 and step[4] == {"invalid": True} and env.state.to_come == 0
-        assert env.step(good)[2] and env.admits(good) and not env.state.perfect
-    guests = [env.reset(seed) and env.state.guest for seed in range(400)]
-    assert all(70 <= guests.count(g) <= 130 for g in envs.GUESTS)  # 100 each, standard deviation 8.7
+            env.state = state
+            pays[action] = env.step(action)[1]
+        wish = max(pays, key=pays.get)
+        assert len(pays) == 256 and pays[wish] == 1 / 2
+        assert sum(pays.values()) / 256 == pytest.approx(0.25 / 2)
+        assert wishes.setdefault(guest, wish) == wish, "a guest changed its mind"
+        assert env.step("nonsense")[1:3] == (0, True), "it ends with the second guest"
+    assert len(wishes) == len(set(wishes.values())) == 4
+    assert "menu" not in make("orders", slots=6).reset()[1], "4⁶ sentences are too many to list"
 
 
-# ---- text environments: the calling convention
+# ------------------------------------------------------------------ calling convention
 
 
-@pytest.mark.parametrize("name", TEXT_ENVS)
-def test_any_string_is_safe(name):
-    for bad in ("", "fly", "walk to the kitchen ", "\0", "🥞" * 1000, None, 3, ["wait"], {}):
-        env = make(name)
-        before, menu = env.state, env.reset(0)[1]["menu"]
-        env.state = before
-        obs, reward, terminated, truncated, info = env.step(bad)
-        assert info["invalid"] is True and not terminated and not truncated and info["menu"] and env.clock == 1
-        assert reward == (pytest.approx(-0.001) if "salad" in name else 0.0)
-        assert name == "orders" or (env.state == before and info["menu"] == menu)
-    assert "invalid" not in env.step(menu[0])[4]
+@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("text", ["", "fly", "walk to the kitchen ", "\0", "🥞" * 1000])
+def test_any_string_is_safe(name, text):
+    env = make(name)
+    state = env.state
+    _, reward, terminated, truncated, info = env.step(text)
+    assert info["invalid"] and not terminated and not truncated
+    penalty = {"salad": -.001, "salad2": -.001, "scikit": -1}
+    assert reward == pytest.approx(penalty.get(name, 0))
+    if name not in ("orders", "scikit"):  # the next guest, the last error
+        assert env.state == state
 
 
-@pytest.mark.parametrize("name", TEXT_ENVS)
+@pytest.mark.parametrize("name, limit", [
+    ("pancake", 5), ("lunch", 12), ("food", 50), ("entertainment", 50), ("salad", 200),
+    ("salad2", 200), ("scikit", 5)])
+def test_time_limit(name, limit):
+    env = make(name)
+    for i in range(1, limit + 1):
+        _, reward, terminated, truncated, info = env.step("nonsense")
+        assert not terminated
+        assert truncated == (i == limit) == ("success" in info)
+    assert info["success"] is False
+    assert name != "pancake" or reward == -1
+
+
+@pytest.mark.parametrize("name", sorted(set(ENVS) - {"scikit"}))
 def test_episodes(name):
-    """Menus are distinct plain words, observations end openly, one seed gives one episode, copies are independent."""
-    env, twin = make(name), make(name)
+    """One seed gives one episode, and a deep copy goes on alike without disturbing it."""
+    env = make(name)
+    twin = make(name)
+    choose = random.Random(0)
     for seed in range(3):
-        assert env.reset(seed) == twin.reset(seed)
-        done, ticks = False, 0
-        while not done:
-            menu, text = env.menu(), env.observe()
-            assert menu is not env.menu() and len(menu) == len(set(menu))
-            assert all(a == " ".join(a.lower().split()) and a.replace(" ", "").isalpha() for a in menu)
-            assert text.endswith(" to") and set(text) <= set(" .,") | set(filter(str.isalpha, text))
-            assert 20 <= len(text.split()) <= 60 and hash(env.state) == hash(copy.deepcopy(env.state))
-            action = env.random_action()
-            assert action == twin.random_action() and action in menu
-            spare, before = copy.deepcopy(env), env.state
-            step, ticks = env.step(action), max(ticks + 1, env.clock)
-            assert step == twin.step(action) == spare.step(action) and spare.state == env.state
-            assert type(step[1]) is float and type(step[2]) is bool and type(step[3]) is bool
-            done = step[2] or step[3]
-            assert not (step[2] and step[3]) and ("success" in step[4]) == done
-            spare.state = before
-            assert spare.state == before and spare.observe() == text and env.observe() == step[0]
-        assert ticks <= env.limit + 20
-        with pytest.raises(RuntimeError, match="reset"):
-            env.step(action)
-    follow = [env.reset() and env.state for _ in range(20)]
-    assert follow == [twin.reset() and twin.state for _ in range(20)]  # reset() goes on with the same generator
-    assert name != "orders" or len(set(follow)) > 1
+        obs, info = env.reset(seed)
+        assert (obs, info) == twin.reset(seed)
+        over = False
+        while not over:
+            menu = info["menu"]
+            assert len(menu) == len(set(menu))
+            action = choose.choice(menu)
+            ahead = copy.deepcopy(env).step(action)
+            obs, reward, terminated, truncated, info = env.step(action)
+            assert ahead == twin.step(action) == (obs, reward, terminated, truncated, info)
+            over = terminated or truncated
+            assert ("success" in info) == over
 
 
-@pytest.mark.parametrize("name, limit, idle", [
-    ("food", 50, "walk to the bedroom"), ("entertainment", 50, "walk to the bedroom"), ("lunch", 12, "wait"),
-    ("salad", 200, "nothing"), ("salad2", 200, "nothing")])
-def test_time_limit(name, limit, idle):
-    steps = _play(make(name), [idle] * limit)
-    assert [s[3] for s in steps] == [False] * (limit - 1) + [True] and not any(s[2] for s in steps)
-    assert steps[-1][4]["success"] is False and all("success" not in s[4] for s in steps[:-1])
+MDP = {"transition": [[[1], [1]]], "reward": [[0, 0]], "actions": [(0,), (1,)], "vocab": "ab"}
 
 
-@pytest.mark.parametrize("name, options, words", [
-    ("nope", {}, "choose from pancake, lunch, food"), (3, {}, "choose from"), ("food", {"colour": "red"}, "wording"),
-    ("lunch", {"guests": 2}, "lunch takes"), ("food", {"wording": "medium"}, "choose from short, long"),
-    ("food", {"item": ""}, "plain words"), ("food", {"item": 3}, "plain words"), ("food", {"item": "kitchen"}, "rooms"),
-    ("food", {"item": "a  b"}, "plain words"), ("food", {"appliance": "pancake"}, "different"),
-    ("orders", {"slots": 0}, "slots is 0: choose from 1, 2"), ("orders", {"words": 7}, "words is 7"),
-    ("orders", {"guests": -1}, "guests is -1"), ("orders", {"guests": 2.5}, "guests is 2.5"),
-    ("orders", {"slots": True}, "slots"), ("orders", {"slots": 1, "words": 3}, "3 orders"),
-    ("scikit", {"dataset": "titanic"}, "choose from breast cancer, wine")])
-def test_make_errors(name, options, words):
-    with pytest.raises(ValueError, match=words):
-        make(name, **options)
+@pytest.mark.parametrize("f, options", [
+    (TokenMDP, MDP | {"reward": [[0, INF]]}),
+    (TokenMDP, MDP | {"transition": [[[1], [.9]]]}),
+    (TokenMDP, MDP | {"actions": [(0,), (2,)]}),
+    (TokenMDP, MDP | {"actions": [(0,), (0,)]}),
+    (TokenMDP, MDP | {"actions": [(0, 1), (0,)]}),
+    (TokenMDP, MDP | {"vocab": "aa"}),
+    (random_mdp, {"seed": 0, "actions": 9, "vocab": 2, "max_length": 3}),
+    (make, {"name": "nope"}),
+    (make, {"name": "food", "colour": "red"}),
+    (make, {"name": "orders", "guests": 0})])
+def test_environments_refuse_bad_input(f, options):
+    with pytest.raises(ValueError):
+        f(**options)
 
 
-# ---- scikit
+# ------------------------------------------------------------------ scikit
 
 
 def test_scikit_score():
-    datasets = pytest.importorskip("sklearn.datasets")
+    """Mean AUC over five stratified halves, one-vs-one; the estimator has random_state 0."""
+    from sklearn.datasets import load_wine
+    from sklearn.ensemble import RandomForestClassifier
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import train_test_split
-    from sklearn.tree import DecisionTreeClassifier
-    for name, load in (("wine", datasets.load_wine), ("breast cancer", datasets.load_breast_cancer)):
-        env, scores = make("scikit", dataset=name), []
-        x, y = load(return_X_y=True)
-        for seed in range(5):  # the rule, spelled out
-            a, b, ya, yb = train_test_split(x, y, test_size=0.5, random_state=seed, stratify=y)
-            p = DecisionTreeClassifier(max_depth=2, random_state=0).fit(a, ya).predict_proba(b)
-            scores.append(roc_auc_score(yb, p[:, 1] if p.shape[1] == 2 else p, multi_class="ovo"))
-        obs, info = env.reset(0)
-        assert str(len(x)) in obs and name in obs and "menu" not in info
-        _, reward, terminated, truncated, info = env.step("DecisionTreeClassifier(max_depth=2)")
-        assert reward == pytest.approx(np.mean(scores), abs=1e-12) and info == {"success": True}
-        assert (terminated, truncated) == (True, False)
-    env.reset()
-    assert env.step("make_pipeline(StandardScaler(), LogisticRegression(C=0.5))")[1] > 0.98
+    x, y = load_wine(return_X_y=True)
+    scores = []
+    for seed in range(5):
+        halves = train_test_split(x, y, test_size=0.5, random_state=seed, stratify=y)
+        model = RandomForestClassifier(n_estimators=5, random_state=0).fit(halves[0], halves[2])
+        guess = model.predict_proba(halves[1])
+        scores.append(roc_auc_score(halves[3], guess, multi_class="ovo"))
+    env = make("scikit", dataset="wine")
+    obs, info = env.reset(0)
+    assert "wine" in obs and "menu" not in info
+    _, *end, info = env.step("RandomForestClassifier(n_estimators=5)")
+    assert end == [pytest.approx(np.mean(scores)), True, False] and info["success"]
+    line = "make_pipeline(StandardScaler(), LogisticRegression(C=0.5))"
+    assert make("scikit").step(line)[1] > 0.98, "on two classes"
 
 
-def test_scikit_is_hostile_proof(tmp_path):
-    pytest.importorskip("sklearn")
-    env, rng, flag = make("scikit", dataset="iris"), random.Random(0), tmp_path / "flag"
-    bad = [f"__import__('os').system('touch {flag}')", f"open('{flag}', 'w')", "().__class__", "GaussianNB().fit", "",
-           "GaussianNB", "lambda: 1", "(lambda: GaussianNB())()", "LogisticRegression(C=1e9)", "GridSearchCV()",
-           "SVC()",
-           "LogisticRegression(**{})", "LogisticRegression(C=0.1, C=0.5)", "RandomForestClassifier(n_estimators=10**6)",
-           "RandomForestClassifier(n_estimators=1000000)", "make_pipeline()", "make_pipeline(*[1])", "GaussianNB(",
-           "PCA()", "PCA(n_components=8)", "make_pipeline(GaussianNB(), PCA())", "(" * 150, "-" * 199 + "1", "\0",
-           "[" * 10**6, "GaussianNB(" * 5000, "9" * 5000, "\ud800", "GaussianNB()\0", "'\\d'", "1 is 1", "import os",
-           "x = GaussianNB()", "GaussianNB(); 1", "make_pipeline(" * 7 + "PCA()" + ")" * 7]
-    alphabet = list(map(chr, range(128))) + ["GaussianNB", "(", ")", "make_pipeline", "__class__", ".", "lambda:", "="]
-    bad += ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(2000)]
-    for text in [None, 3, b"GaussianNB()"] + bad:
-        if env.done:
-            env.reset()
-        obs, reward, terminated, truncated, info = env.step(text)
-        assert reward == -1.0 and not terminated and info["invalid"] and "menu" not in info, text
-        assert truncated == (env.clock == 5) and ("success" in info) == truncated
-        assert env.state in obs and len(obs) < 250
-    assert not flag.exists()
+@pytest.mark.parametrize("text", [
+    "__import__('os').system('touch FLAG')", "open('FLAG', 'w')", "().__class__",
+    "GaussianNB().fit", "GaussianNB", "GaussianNB(", "lambda: GaussianNB()", "SVC()",
+    "LogisticRegression(C=1e9)", "RandomForestClassifier(n_estimators=10**6)",
+    "RandomForestClassifier(n_estimators=1000000)", "make_pipeline()", "PCA()",
+    "make_pipeline(GaussianNB(), PCA())", "[" * 10 ** 6, "9" * 5000, "\ud800"])
+def test_scikit_is_hostile_proof(tmp_path, text):
+    flag = tmp_path / "flag"
+    obs, reward, terminated, _, info = make("scikit").step(text.replace("FLAG", str(flag)))
+    assert reward == -1 and not terminated and info["invalid"]
+    assert len(obs) < 400 and not flag.exists()
 
 
-def test_scikit_random_lines():
-    pytest.importorskip("sklearn")
-    env, twin = make("scikit", dataset="iris"), make("scikit", dataset="iris")
-    env.reset(3), twin.reset(3)
-    lines = [env.random_action() for _ in range(400)]
-    assert lines == [twin.random_action() for _ in range(400)] and max(map(len, lines)) <= 200
-    wrong = [a for a in lines if "Best" in a or "size" in a or a.count("(") != a.count(")")]
-    assert 0.1 < len(wrong) / 400 < 0.3  # one in five
-    for line in sorted(set(lines) - set(wrong), key=len)[:4]:
-        assert env.reset() and env.step(line)[1] > 0.5
-    for line in wrong[:20]:
-        assert env.reset() and env.step(line)[1] == -1.0
+# ------------------------------------------------------------------ course kit
+# python test_poad.py blank FOLDER    an assignment: poad.py without the bodies of EXERCISES
+# python test_poad.py grade FILE      points for a student's poad.py
+# python test_poad.py trust           is every one of MISTAKES found, every one of SOLUTIONS green?
 
+EXERCISES = {  # function: points; its tests are those whose names begin with test_FUNCTION_
+    "state_values": 3, "action_backup": 2, "token_backup": 4, "bad_backup": 1, "action_policy": 2,
+    "bad_discounts": 3, "gae": 5, "masked_mean": 2, "normalize": 2, "ppo_policy_loss": 4,
+    "value_loss": 3, "menu_logp": 2, "score": 4, "assign": 3}
+INSTRUCTOR = {  # what students do not get, nor the tests that use it: solutions in other words
+    "pool", "exact", "test_docstring_examples_are_true"}
+STUDENT = """# Exercises
 
-def test_scikit_says_what_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        make("scikit")
+Write the functions of `poad.py` whose body is `pytest.skip(…)`; `score` is a method of
+LanguageAgent. The docstring is the task; `tabular_demo.ipynb` explains the equations. Any style
+counts; imports and functions of your own are welcome; leave the other code as it is.
 
+    pip install -r requirements.txt
+    pytest test_poad.py -q -rfs --tb=short      # skipped: a function that is not written yet
+    pytest test_poad.py -k test_gae_            # the tests of one function
 
-# ------------------------------------------------------------------ exercises: functions to be written by students
+A red test names the function, and its message the likely mistake. Masks are 1 or True where data
+is real. Elsewhere may be NaN, and 0 * NaN is NaN: select, do not multiply. The grade, by these
+tests and a few more, puts each function alone among right versions of all others, so that one
+mistake costs one exercise.
 
-EXERCISES = {name: (int(found[1]), int(found[2])) for owner in (poad, LanguageAgent) for name, f in vars(owner).items()
-             if (found := re.match(r"Exercise (\d+) \((\d+) points?\)", getattr(f, "__doc__", None) or ""))}
-
-
-def function_of(exercise):
-    return getattr(poad, exercise, None) or getattr(LanguageAgent, exercise)
-
-
-@pytest.mark.parametrize("name", [name for name in EXERCISES if ">>>" in function_of(name).__doc__])
-def test_docstring_example_of(name):
-    """The example in an exercise's docstring gives what it says."""
-    try:
-        for example in doctest.DocTestFinder(recurse=False).find(function_of(name), name, globs=dict(vars(poad))):
-            doctest.DebugRunner().run(example)
-    except doctest.UnexpectedException as error:
-        raise error.exc_info[1]
-    except doctest.DocTestFailure as error:
-        example = error.example
-        pytest.fail(f"{name}: {example.source.strip()} gives {error.got.strip()}, not {example.want.strip()}")
-
-
-def exercise_of(test):
-    """The exercise that a test, test_NAME_…, belongs to, or None."""
-    return max((name for name in EXERCISES if test.startswith(f"test_{name}_")), key=len, default=None)
-
-
-def cases(test):
-    """The keyword arguments of all cases of a test, from its `parametrize` marks."""
-    tables = [[dict(zip(names.split(", "), row if ", " in names else [row])) for row in rows]
-              for names, rows in (mark.args for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize")]
-    return [dict(itertools.chain(*map(dict.items, rows))) for rows in itertools.product(*tables)]
-
-
-def verdicts(exercise):
-    """Run the tests of one exercise without pytest: pairs (name of the test, what it raised or None)."""
-    for test in [inspect.unwrap(f) for name, f in list(globals().items()) if name.startswith("test_")]:
-        for case in cases(test) if exercise_of(test.__name__) == exercise else ():
-            try:
-                test(**case)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:                               # a solution may raise anything, SystemExit too
-                yield test.__name__, error
-            else:
-                yield test.__name__, None
-
-
-@lru_cache
-def is_right(exercise):
-    return all(error is None for _, error in verdicts(exercise))
-
-
-def called_by(test, case):
-    """The exercises whose functions run while a test runs."""
-    code = {name: getattr(inspect.unwrap(function_of(name)), "__code__", None)
-            for name in sorted(EXERCISES, key=EXERCISES.get)}
-    seen = set()
-    sys.setprofile(lambda frame, event, arg: seen.add(frame.f_code))
-    try:
-        test(**case)
-    except (Exception, pytest.fail.Exception):
-        pass
-    finally:
-        sys.setprofile(None)
-    return [name for name in code if code[name] in seen]
-
-
-def hide_failures(error):
-    return not error.errisinstance(pytest.skip.Exception)
-
-
-def one_exercise_at_a_time(test):
-    """The test, skipped where an exercise is not written yet, or fails because of another one that is wrong."""
-    @functools.wraps(test)
-    def run(**case):
-        __tracebackhide__ = hide_failures
-        try:
-            return test(**case)
-        except (Exception, pytest.fail.Exception) as error:
-            if isinstance(error, NotImplementedError) and str(error).startswith("Exercise "):
-                pytest.skip(f"{error} is not written yet")
-            for other in called_by(test, case):
-                if other not in (exercise_of(test.__name__), case.get("name")) and not is_right(other):
-                    pytest.skip(f"Exercise {EXERCISES[other][0]}: {other} is wrong, and this rests on it")
-            raise
-    return run
-
-
-# ---- the course kit: blank and grade
-
-COURSE = Path(__file__).parent / ".course"
-
-
-@pytest.fixture
-def kit(monkeypatch):
-    monkeypatch.syspath_prepend(COURSE)
-    return importlib.import_module("kit")
-
-
-def test_blank_takes_out_the_bodies_and_nothing_else(kit, tmp_path):
-    kit.main(["blank", str(tmp_path / "new" / "hw")])
-    folder, whole = tmp_path / "new" / "hw", Path(poad.__file__).read_text()
-    text = (folder / "poad.py").read_text()
-    for name, (number, _) in EXERCISES.items():
-        assert f'raise NotImplementedError("Exercise {number}: {name}")\n' in text, f"{name} is not blanked"
-        body = inspect.getsource(function_of(name)).split('"""')[2]
-        assert body not in text and body in whole, f"{name}'s solution is still there"
-    gone = [line for line in difflib.ndiff(whole.splitlines(), text.splitlines()) if line[0] == "+"]
-    assert len(gone) == len(EXERCISES), "only lines that raise may be new"
-    dead = [name for name in re.findall(r"^def (_\w+)\(", text, re.M) if len(re.findall(rf"\b{name}\b", text)) == 1]
-    assert set(dead) <= {"_check_shapes"}, f"{dead}: only solutions call it, so it gives one away (kit.HELPERS)"
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == sorted([".gitignore", ".pytest.ini", "LICENSE", "README.md", "envs.py", "llm_demo.ipynb", "poad.py",
-                            "requirements.txt", "tabular_demo.ipynb", "test_poad.py"]), names
-    tests = (folder / "test_poad.py").read_text()
-    assert not [oracle for oracle in kit.ORACLES if f"def {oracle}(" in tests], "an oracle is a solution in other words"
-    assert all(f"def test_{name}_" in tests for name in EXERCISES), "every exercise has tests in the student's folder"
-    for notebook in ("tabular_demo.ipynb", "llm_demo.ipynb"):
-        cells = [cell for cell in json.loads((folder / notebook).read_text())["cells"] if cell["cell_type"] == "code"]
-        assert not any(cell["outputs"] or cell["execution_count"] for cell in cells), "outputs show what is right"
-        assert "".join(cells[-1]["source"]).startswith("KEY = "), "the cell that checks answers must stay, last"
-
-
-def test_blank_of_some_exercises(kit, tmp_path):
-    kit.main(["blank", str(tmp_path), "--exercises", "1-2,7"])
-    text = (tmp_path / "poad.py").read_text()
-    assert [name for name in EXERCISES if f': {name}")' in text] == ["state_values", "action_backup", "gae"]
-
-
-def test_course_kit_refuses_in_one_line(kit, tmp_path, capsys):
-    (tmp_path / "work.txt").write_text("mine")
-    for args, said in ((["blank", tmp_path], "not an empty folder"), (["blank", tmp_path / "work.txt"], "not an empty"),
-                       (["blank", tmp_path / "x", "--exercises", "99"], "no exercise 99"),
-                       (["blank", tmp_path / "work.txt" / "x"], "work.txt"), (["grade", tmp_path], "not a file"),
-                       (["grade", tmp_path / "no.py"], "no.py is not a file"), (["grade"], "FILE"), (["mark"], "mark"),
-                       (["grade", tmp_path / "work.txt", "--exercises", "one"], "'one'")):
-        with pytest.raises(SystemExit) as stop:
-            kit.main([str(x) for x in args])
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2 and len(lines) == 1 and said in lines[0], f"{args}: {stop.value.code}, {lines}"
-    assert [path.name for path in tmp_path.iterdir()] == ["work.txt"], "something was written"
-
-
-SUBMISSION = """
-import no_such_module
-print("garbage")
-
-def bad_discounts(action_end, done, gamma, gamma_token=1.0):
-    _check_unit(gamma=gamma, gamma_token=gamma_token)
-    _check_shapes(action_end=action_end, done=done)
-    return my_choice(action_end, done, gamma, gamma_token)
-
-def my_choice(end, done, gamma, gamma_token):
-    kind = end.dtype if end.is_floating_point() else torch.float32
-    return torch.where(end.bool(), gamma * (1 - done.to(kind)), gamma_token).to(kind)
-
-def gae(rewards, values, discounts, lambdas, mask, last_values):
-    return rewards - values, rewards
-
-def masked_mean(x, mask):
-    while True:
-        print("garbage")
-
-def normalize(x, mask):
-    import os
-    os._exit(0)
-
-def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
-    raise SystemExit("bye")
-
-def value_loss(values, old_values, returns, mask, clip=None):
-    return (values - returns) *+* 2
-
-def menu_logp(logits, allowed):
-    import ctypes
-    return ctypes.string_at(0)
-
-class LanguageAgent(nn.Module):
-    def score(self, prompts, menus, policy="glam"):
-        raise NotImplementedError("Exercise 13: score")
-
-from poad import bad_backup as theirs
-def bad_backup(q, mdp, gamma, policy=None, temperature=0.0):
-    return theirs(q, mdp, gamma, policy, temperature)
+| function | points |
+|---|---|
 """
+HERE = Path(__file__).resolve().parent
 
 
-def test_grade_contains_whatever_a_solution_does(kit, tmp_path, capsys):
-    (tmp_path / "poad.py").write_text(SUBMISSION)
-    kit.main(["grade", str(tmp_path / "poad.py"), "--limit", "3", "--json", "--exercises", "4,6-14"])
-    result = json.loads(capsys.readouterr().out)
-    rows = {row["function"]: row for row in result["exercises"]}
-    assert rows["bad_discounts"]["points"] == result["points"] == EXERCISES["bad_discounts"][1], rows["bad_discounts"]
-    line = 1 + SUBMISSION[:SUBMISSION.index("*+*")].count("\n")
-    for name, words in dict(gae="GAE recurrence", masked_mean="endless loop", normalize="exit code 0",
-                            ppo_policy_loss="bye", value_loss=f"SyntaxError in line {line}", menu_logp="SIGSEGV",
-                            score="not written", assign="defines no function assign", bad_backup="theirs").items():
-        assert not rows[name]["passed"] and words in rows[name]["message"], f"{name}: {rows[name]}"
+def text_of(name):
+    return (HERE / name).read_text(encoding="utf-8")
 
 
-def test_grade_takes_one_point_for_bad_input(kit, tmp_path, capsys):
-    (tmp_path / "poad.py").write_text("def masked_mean(x, mask):\n    return x[mask.bool()].mean()\n")
-    kit.main(["grade", str(tmp_path / "poad.py"), "--exercises", "8"])
-    out = capsys.readouterr().out
-    assert " 1 / 2  passed, but: bad input was accepted" in out, out
+def find(source, name):
+    """The lines of a function's or a method's body, below its docstring: a slice."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return slice(node.body[0].end_lineno, node.end_lineno)
 
 
-for _name, _test in list(globals().items()):
-    if _name.startswith("test_"):
-        globals()[_name] = one_exercise_at_a_time(_test)
+def blank_code(source, names):
+    """poad.py without these bodies: a test that reaches one of them is skipped."""
+    for name in names:
+        lines = source.splitlines()
+        body = find(source, name)
+        indent = re.match(" *", lines[body][0])[0]
+        lines[body] = [f"{indent}import pytest", f'{indent}pytest.skip("{name}: not written yet")']
+        source = "\n".join(lines) + "\n"
+    return source
+
+
+def blank_tests(source):
+    """The tests without the course kit, INSTRUCTOR, and what uses one of INSTRUCTOR."""
+    source = source.split("-- course kit\n")[0].rstrip("# -\n")
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):
+        names = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+        if isinstance(node, ast.FunctionDef) and INSTRUCTOR & {node.name, *names}:
+            first = min([node.lineno] + [x.lineno for x in node.decorator_list])
+            del lines[first - 1:node.end_lineno]
+    return re.sub("\n{4,}", "\n\n\n", "\n".join(lines)) + "\n"
+
+
+def blank_notebook(text):
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
+            cell["execution_count"] = None
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+def blank(folder, names=EXERCISES):
+    """Write an assignment into a new or empty folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: nothing was written")
+    texts = {}
+    for name in ("envs.py", "requirements.txt", "README.md", "LICENSE"):
+        texts[name] = text_of(name)
+    texts["poad.py"] = blank_code(text_of("poad.py"), names)
+    texts["test_poad.py"] = blank_tests(text_of("test_poad.py"))
+    texts["STUDENT.md"] = STUDENT + "".join(f"| {name} | {EXERCISES[name]} |\n" for name in names)
+    for name in ("tabular_demo.ipynb", "llm_demo.ipynb"):
+        texts[name] = blank_notebook(text_of(name))
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def graft(source, name):
+    """Put a student's version of one exercise, and what else is new in the file, into poad."""
+    space = {"__name__": "poad"}
+    exec(compile(source, "poad.py", "exec"), space)
+    owner = poad if hasattr(poad, name) else poad.LanguageAgent
+    theirs = space if owner is poad else vars(space["LanguageAgent"])
+    for key in theirs.keys() - vars(owner).keys() | {name}:
+        setattr(owner, key, theirs[key])
+    space.update(vars(poad))  # what is in both files is the reference, for the student too
+
+
+class Watch:
+    """A pytest plugin that notes what failed or was skipped."""
+    notes = []
+
+    def pytest_exception_interact(self, call):
+        self.notes.append(call.excinfo.exconly())
+
+    def pytest_runtest_logreport(self, report):
+        if report.skipped:
+            self.notes.append(report.longrepr[2])
+
+
+def examine(source, name, answer):
+    """In a process of its own: graft, run the tests, send what was wrong first; "" if nothing."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # a solution may print what it likes
+        os.dup2(nowhere, stream)
+    watch = Watch()
+    try:
+        graft(source, name)
+        sys.modules.pop("test_poad", None)  # pytest imports it anew, to see what poad is now
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # it starts in half the time
+        without = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]
+        args = [__file__, "-x", "-k", f"test_{name}_", *without]
+        code = pytest.main(args, plugins=[watch])
+        if code != 0:
+            watch.notes.append(f"pytest ended with exit code {int(code)}")
+    except BaseException as error:  # a student's file may do anything
+        watch.notes.append(f"the file is of no use: {type(error).__name__}: {error}")
+    answer.send("".join(watch.notes[:1]))
+
+
+def judge(source, name, limit=60.0):
+    """One line on what is wrong with an exercise in this version of poad.py; "" if nothing is."""
+    fork = multiprocessing.get_context("fork")  # the child need not import torch; not on Windows
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=examine, args=(source, name, sender))
+    child.start()
+    sender.close()
+    verdict = f"no answer after {limit:g} seconds: an endless loop?"
+    if receiver.poll(limit):
+        try:
+            verdict = receiver.recv()
+        except EOFError:
+            verdict = "Python was ended: a crash, or an exit"
+    child.kill()
+    child.join()
+    return verdict.split("\n")[0]
+
+
+def judge_all(sources, names):
+    torch.set_num_threads(1)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(judge, sources, names))
+
+
+def grade(path, as_json=False, names=EXERCISES):
+    """Print each exercise's points and what is wrong; returns the sum."""
+    verdicts = judge_all(repeat(path.read_text(encoding="utf-8")), names)
+    rows = []
+    for name, wrong in zip(names, verdicts):
+        points = 0 if wrong else EXERCISES[name]
+        rows.append(dict(function=name, points=points, of=EXERCISES[name], wrong=wrong))
+    total = sum(row["points"] for row in rows)
+    if as_json:
+        print(json.dumps(dict(points=total, exercises=rows), indent=1))
+        return total
+    for row in rows:
+        wrong = row["wrong"][:200] or "passed"
+        print(f"{row['function']:16}{row['points']:2} of {row['of']:2}   {wrong}")
+    print(f"{'sum':16}{total:2} of {sum(row['of'] for row in rows)}")
+    return total
+
+
+def trust():
+    """Judge SOLUTIONS and MISTAKES; returns what goes against expectation."""
+    reference = text_of("poad.py")
+    jobs = [(text, re.search(r"def (\w+)", text)[1], None) for text in SOLUTIONS]
+    for name, pairs in MISTAKES.items():
+        body = "\n".join(reference.splitlines()[find(reference, name)])
+        for old, new in pairs:
+            if body.count(old) != 1:
+                raise ValueError(f"{name} has {old!r} {body.count(old)} times, expected once")
+            jobs.append((reference.replace(body, body.replace(old, new)), name, (old, new)))
+    sources, names, mistakes = zip(*jobs)
+    surprises = []
+    for name, mistake, wrong in zip(names, mistakes, judge_all(sources, names)):
+        if mistake and not wrong:
+            surprises.append(f"{name}: no test finds this mistake: {mistake}")
+        if wrong and not mistake:
+            surprises.append(f"{name}: the one in SOLUTIONS is right, but red: {wrong}")
+    print(f"{len(jobs)} versions, {len(surprises)} surprises", *surprises, sep="\n")
+    return surprises
+
+
+def course(argv=None):
+    parser = argparse.ArgumentParser(description="Make an assignment of poad.py, grade solutions.")
+    parser.error = lambda message: parser.exit(2, f"test_poad.py: {message}\n")
+    parser.add_argument("command", choices=["blank", "grade", "trust"])
+    parser.add_argument("path", nargs="?", type=Path, default=".", help="new folder, or poad.py")
+    parser.add_argument("--exercises", default=",".join(EXERCISES), help="such as gae,assign")
+    parser.add_argument("--json", action="store_true", help="grade: print JSON, not a table")
+    args = parser.parse_args(argv)
+    names = args.exercises.split(",")
+    try:
+        for name in names:
+            if name not in EXERCISES:
+                raise ValueError(f"no exercise {name!r}, expected some of {', '.join(EXERCISES)}")
+        if args.command == "blank":
+            blank(args.path, names)
+        elif args.command == "grade":
+            grade(args.path, args.json, names)
+        else:
+            sys.exit(len(trust()) > 0)
+    except (OSError, ValueError) as error:
+        parser.error(error)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("blank .", "not empty"), ("grade nothing.py", "nothing.py"), ("grade", "directory"),
+    ("blank new --exercises gea", "no exercise 'gea'"), ("mark poad.py", "mark")])
+def test_kit_refuses_in_one_line(line, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        course(line.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1
+
+
+def test_kit_blank_takes_out_bodies_and_nothing_else(tmp_path):
+    blank(tmp_path)
+    text = (tmp_path / "poad.py").read_text(encoding="utf-8")
+    tests = (tmp_path / "test_poad.py").read_text(encoding="utf-8")
+    for name in EXERCISES:
+        stub = "\n".join(text.splitlines()[find(text, name)])
+        body = "\n".join(text_of("poad.py").splitlines()[find(text_of("poad.py"), name)])
+        text = text.replace(stub, body)
+        assert stub.endswith(f'pytest.skip("{name}: not written yet")')
+        assert f"def test_{name}_" in tests
+    assert text == text_of("poad.py")
+    assert "INSTRUCTOR" not in tests and "exact(" not in tests
+    stubs = (tmp_path / "poad.py").read_text(encoding="utf-8")
+    assert judge(stubs, "bad_backup") == "Skipped: bad_backup: not written yet"
+
+
+def test_kit_grade_costs_one_exercise_only(tmp_path, capsys):
+    path = tmp_path / "poad.py"
+    path.write_text(text_of("poad.py").replace("next_value - values[:, n]", "next_value"), "utf-8")
+    assert grade(path, as_json=True, names=["gae", "assign"]) == EXERCISES["assign"]
+    row = json.loads(capsys.readouterr().out)["exercises"][0]
+    assert row["points"] == 0 and "not the GAE recurrence" in row["wrong"]
+
+
+@pytest.mark.parametrize("body, words, limit", [
+    ("while True: pass", "endless", 2), ("import os; os._exit(0)", "ended", 60),
+    ("return x +", "SyntaxError", 60), ("raise SystemExit", "SystemExit", 60)])
+def test_kit_grade_survives(body, words, limit):
+    assert words in judge(f"def normalize(x, mask):\n    {body}", "normalize", limit)
+
+
+SOLUTIONS = ["""
+def gae(rewards, values, discounts, lambdas, mask, last_values):
+    advantages = torch.zeros_like(values).detach()  # A_n = Σ_m δ_m Π_{n≤k<m} γ_k λ_k
+    decay = discounts * lambdas
+    for b, written in enumerate(mask):
+        place = written.nonzero().flatten()
+        next_values = torch.cat([values[b, place[1:]], last_values[b:b + 1]])[:len(place)]
+        delta = rewards[b, place] + discounts[b, place] * next_values - values[b, place]
+        for i, n in enumerate(place):
+            weight = torch.cat([torch.ones(1), decay[b, place[i:-1]]]).cumprod(0)
+            advantages[b, n] = (weight * delta[i:]).sum().detach()
+    return advantages, torch.where(mask.bool(), advantages + values.detach(), 0)
+""", """
+def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
+    valid = (mdp.child >= 0) | (mdp.leaf >= 0)
+    q = torch.where(valid, torch.as_tensor(q).double(), -torch.inf)
+    v = state_values(q, policy, temperature)
+    for n, w in valid.nonzero():
+        q[:, n, w] = gamma_token * v[:, mdp.child[n, w]]
+        if mdp.leaf[n, w] >= 0:
+            a = mdp.leaf[n, w]
+            q[:, n, w] = mdp.reward[:, a] + gamma * mdp.transition[:, a] @ v[:, 0]
+    return q
+""", """
+def action_policy(token_policy, mdp):
+    columns = []
+    for action in mdp.actions:
+        nodes = [mdp.prefixes.index(action[:j]) for j in range(len(action))]
+        columns.append(torch.as_tensor(token_policy)[:, nodes, action].log().sum(-1).exp())
+    return torch.stack(columns, -1)
+""", """
+def bad_discounts(action_end, done, gamma, gamma_token=1.0):
+    end = torch.as_tensor(action_end) * 1
+    return (1 - end) * float(gamma_token) + end * (1 - torch.as_tensor(done) * 1) * float(gamma)
+""", """
+def masked_mean(x, mask):
+    return torch.where(mask.bool(), x, 0).mul(mask).sum() / mask.sum()
+""", """
+import numpy as np
+def normalize(x, mask):
+    data = np.ma.array(x.numpy(), mask=~mask.bool().numpy())
+    return torch.tensor(((data - data.mean()) / (data.std() + 1e-8)).filled(0))
+""", """
+def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
+    gain, ratio = advantages[mask.bool()], (logp - old_logp)[mask.bool()].exp()
+    stuck = torch.where(gain > 0, ratio > 1 + clip, ratio < 1 - clip)
+    limited = torch.where(stuck, ratio.clamp(1 - clip, 1 + clip), ratio)
+    outside = (ratio < 1 - clip) | (ratio > 1 + clip)
+    kl = (ratio - ratio.log() - 1).detach().mean()
+    return (limited * -gain).mean(), {"kl": kl, "clip_fraction": outside.double().mean()}
+""", """
+def value_loss(values, old_values, returns, mask, clip=None):
+    losses = []
+    for v, old, target, written in zip(*map(torch.flatten, (values, old_values, returns, mask))):
+        near = v if clip is None else v.clamp(old - clip, old + clip)
+        if written:
+            losses.append(max((v - target) ** 2, (near - target) ** 2) / 2)
+    return sum(losses) / len(losses)
+"""]
+MISTAKES = {  # function: (text that its body holds once, what is wrong in its place)
+    "state_values": [("q.amax(-1)", "q.amin(-1)"), ("q.amax(-1)", "q.clamp(min=0).amax(-1)"),
+        ("torch.where(policy == 0, 0, policy * q)", "(policy * q)"), (".sum(-1)", ".mean(-1)"),
+        ("return temperature * torch", "return torch"), ("q / temperature", "q"),
+        ("torch.logsumexp(q / temperature, -1)", "(q / temperature).exp().sum(-1).log()")],
+    "action_backup": [("+ gamma *", "+"), ("mdp.reward + ", ""),
+        ("(q, policy, temperature)", "(q)"),
+        ("mdp.reward + gamma * mdp.transition @ v", "gamma * (mdp.reward + mdp.transition @ v)")],
+    "token_backup": [("gamma_token * v", "gamma * v"), ("gamma_token * v", "v"),
+        ("@ v[:, 0]", "@ v[:, -1]"), ("reward + gamma", "reward + gamma * gamma_token"),
+        ("q, -torch.inf", "q, 0.0")],
+    "bad_backup": [("1.0", "gamma"), (", policy, temperature", "")],
+    "action_policy": [("probability * token", "token"),
+        ("enumerate(action)", "enumerate(action[:1])")],
+    "bad_discounts": [("+ gamma_token", "+ gamma"),
+        ("action_end.bool() & done.bool()", "done.bool()"), ("] = 0", "] = gamma"),
+        ("] = gamma", "] = gamma * gamma_token")],
+    "gae": [("* next_value -", "* values[:, n] -"),
+        ("discounts[:, n] * next_value", "next_value"),
+        ("* next_value - values[:, n]", "* next_value"), ("discounts[:, n] * lambdas", "lambdas"),
+        ("lambdas[:, n] * next_adv", "next_adv"), ("zeros_like(next_value)", "clone(next_value)"),
+        ("= last_values", "= 0 * last_values"), ("advantages + values", "advantages"),
+        ("torch.where(written, values[:, n], next_value)", "values[:, n]"),
+        ("torch.where(written, advantage, next_advantage)", "advantage"),
+        ("torch.where(written, advantage, 0)", "advantage")],
+    "masked_mean": [("entries.mean()", "entries.sum() / mask.numel()"),
+        ("entries.mean()", "entries[entries != 0].mean()")],
+    "normalize": [("masked_mean(x, mask)", "x.mean()"), (".sqrt()", ""),
+        ("return centred", "return x"),
+        ("masked_mean(centred**2, mask).sqrt()", "centred[mask.bool()].std()")],
+    "ppo_policy_loss": [("torch.minimum", "torch.maximum"),
+        ("logp - old_logp", "old_logp - logp"), ("return -objective", "return objective"),
+        ("minimum(ratio", "minimum(clipped"), ("ratio - 1 - log_ratio", "-log_ratio"),
+        ("(ratio - 1).abs()", "(ratio - 1)")],
+    "value_loss": [("torch.maximum", "torch.minimum"),
+        ("old_values + (values", "returns + (values"), ("error.mean() / 2", "error.mean()"),
+        ("if clip is not None", "if clip")],
+    "menu_logp": [("~allowed", "allowed"), (".log_softmax(-1)", "")],
+    "score": [("entry[:-1]", "entry"), ("len(text.split())", "len(text)"),
+        ("(prompt, menu, entry)", "(prompt, None, entry)"), ('== "twosome"', '== "glam"')],
+    "assign": [("end * rewards", "mask * rewards"), ("end & done.", "end & ~done."),
+        ("config.lam, lam_token", "lam_token, config.lam"), ("(*rows, last", "(*rows, 0 * last"),
+        ("config.gamma, gamma_token", "gamma_token, config.gamma"),
+        ("mask.sum(1, keepdim=True)", "mask.shape[1]")]}
+
 
 if __name__ == "__main__":
-    if not (course := Path(__file__).parent / ".course").is_dir():
-        sys.exit("test_poad.py: blank and grade need the folder .course, which is missing; for tests use pytest")
-    sys.path.insert(0, str(course))
-    import kit
-    kit.main()
+    course()
