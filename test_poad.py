@@ -830,6 +830,13 @@ def test_score_equals_brute_force(kind, policy):
         near(x.grad, y, "gradient, through a shared prompt too", tol=1e-3)
 
 
+def test_score_over_the_menu():
+    agent = small_agent()
+    expected = [brute_policy(agent, *pair, "token") for pair in zip(PROMPTS, MENUS)]
+    scores = agent.score(PROMPTS, MENUS, "token")
+    near(torch.cat(scores), torch.cat(expected), "not Σ log π, with eos", tol=1e-4)
+
+
 @ON_BOTH_LMS
 def test_free_text(kind):
     agent = small_agent(kind, spread=0.15, max_new_tokens=5)
