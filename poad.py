@@ -54,7 +54,7 @@ def state_values(q, policy=None, temperature=0.0):
 
     v = max_w Q(w)   or   Σ_w π(w) Q(w)   or   τ log Σ_w exp(Q(w) / τ)   (soft: App. B.3)
 
-    q, policy: (..., V) → (...). −inf in q marks an invalid token, and 0 · (−inf) = 0.
+    q, policy: (..., V) → (...). −inf marks an invalid token; probability 0 adds 0.
     >>> q = torch.tensor([1.0, 3.0, -torch.inf])
     >>> state_values(q).item(), state_values(q, policy=torch.tensor([0.5, 0.5, 0.0])).item()
     (3.0, 2.0)
@@ -91,28 +91,28 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
     Q(s, w<ʲ, wʲ) ← γ_w · v(s, w≤ʲ)                        inside an action  (Eq. 9, 13)
     Q(s, w<ⁿ, wⁿ) ← R(s, a) + γ Σ_s' P(s'|s, a) v(s', ∅)   wⁿ completes a    (Eq. 10, 14)
 
-    γ_w = γ is naive token level (NTPO), γ_w = 1 is BAD. Three tokens that pay 1 at the end
-    are worth ¼, ½, 1 at γ_w = ½, and 1, 1, 1 under BAD.
+    γ_w = γ treats every token as a step (naive token level, NTPO), γ_w = 1 is BAD. Three
+    tokens of one action with reward 1: ¼, ½, 1 at γ_w = ½, and 1, 1, 1 under BAD.
     q, policy: (S, N, V), ∅ is prefix 0; mdp: a TokenMDP with `child`, `leaf` (N, V).
     → (S, N, V), −inf at invalid tokens.
     """
     q = torch.as_tensor(q, dtype=torch.float64)
-    table = torch.empty(len(mdp.reward), *mdp.child.shape)
-    same_shape(table=table, q=q)
-    inside = mdp.child >= 0                                                 # (N, V)
+    shape = (len(mdp.reward), *mdp.child.shape)
+    require(q.shape == shape, f"q is {tuple(q.shape)}, expected {shape}")
+    goes_on = mdp.child >= 0                                                # (N, V)
     complete = mdp.leaf >= 0                                                # (N, V)
-    valid = inside | complete
+    valid = goes_on | complete
     q = q.masked_fill(~valid, -torch.inf)
     v = state_values(q, policy, temperature)                                # (S, N)
     outcome = mdp.reward + gamma * mdp.transition @ v[:, 0]                 # (S, A)
     new = torch.full_like(q, -torch.inf)
-    new[:, inside] = gamma_token * v[:, mdp.child[inside]]
+    new[:, goes_on] = gamma_token * v[:, mdp.child[goes_on]]
     new[:, complete] = outcome[:, mdp.leaf[complete]]
     return new
 
 
 def bad_backup(q, mdp, gamma, policy=None, temperature=0.0):
-    """One Bellman backup with Action Decomposition (Eq. 13-14): that at γ_w = 1."""
+    """One Bellman backup with Action Decomposition (Eq. 13-14): `token_backup`, γ_w = 1."""
     return token_backup(q, mdp, gamma, 1.0, policy, temperature)
 
 
@@ -127,7 +127,7 @@ def solve(backup, q0, tol=1e-12, max_iters=100_000):
     for _ in range(max_iters):
         new = torch.as_tensor(backup(q), dtype=torch.float64)
         residual = torch.where(new.isneginf(), 0, new - q).abs().max()
-        if residual <= tol:                             # not if it is NaN: ∞ − ∞
+        if residual <= tol:                             # never if it is NaN (∞ − ∞)
             return new
         q = new
     raise RuntimeError(f"no fixed point in {max_iters} backups: still {residual:.3g}")
@@ -139,8 +139,8 @@ def action_policy(token_policy, mdp):
     π(a|s) = Π_j π(wʲ|s, w<ʲ)                    two tokens of ½ and ¼: ⅛
     """
     token_policy = torch.as_tensor(token_policy)
-    table = torch.empty(len(mdp.reward), *mdp.child.shape)
-    same_shape(table=table, token_policy=token_policy)
+    shape = (len(mdp.reward), *mdp.child.shape)
+    require(token_policy.shape == shape, f"{tuple(token_policy.shape)}, expected {shape}")
     number = {prefix: n for n, prefix in enumerate(mdp.prefixes)}
     columns = []
     for action in mdp.actions:
@@ -155,7 +155,7 @@ def action_policy(token_policy, mdp):
 
 
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
-    """What follows a token is worth this: the one vector in which BAD and naive differ.
+    """The discount on what follows each token: the one vector that tells BAD from naive.
 
     γ_n = γ_w inside an action,  γ after its last token,  0 after a finished episode's last
 
@@ -168,7 +168,7 @@ def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     action_end = torch.as_tensor(action_end)
     done = torch.as_tensor(done)
     same_shape(action_end=action_end, done=done)
-    discounts = 0.0 * action_end + gamma_token          # a float mask keeps its dtype
+    discounts = 0.0 * action_end + gamma_token          # floats; a float mask's dtype stays
     discounts[action_end.bool()] = gamma
     discounts[action_end.bool() & done.bool()] = 0
     return discounts
@@ -182,8 +182,9 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
 
     v_{n+1} is the value of the next *written* token: a masked slot passes on what follows
     it, and may hold anything. At γ_w = λ_w = 1 an action's first token gets action-level
-    GAE(λ); λ at every token (the paper's code) leaves it .95⁴ = .81 of a surprise at the
-    end of 5. A time limit is no termination: it enters as r_n + γ v(o_next), discount 0.
+    GAE(λ); with λ = .95 at every token (the paper's code) only .95⁴ = .81 of the δ at the
+    end of five tokens reaches the first. A time limit is no termination: the caller gives
+    it as reward r_n + γ v(o_next) with discount 0.
     rewards, values, discounts, mask: (B, N); lambdas: a scalar or (B, N); last_values (B,):
     what follows a row's last written token. → advantages, returns (B, N), 0 where masked.
     >>> one = torch.ones(1, 3)          # an action of three tokens, reward 1 at its end
@@ -213,7 +214,7 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
 # ------------------------------------------------- PPO losses
 
 
-def real(mask, **tensors):
+def selected(mask, **tensors):
     """The entries of each tensor that the mask selects: the others may hold anything."""
     same_shape(mask=mask, **tensors)
     require(mask.any(), "a mean over nothing: the mask selects no entry")
@@ -221,12 +222,12 @@ def real(mask, **tensors):
 
 
 def masked_mean(x, mask):
-    """Mean over real entries, Σ m x / Σ m, of tensors of any one shape. → scalar
+    """Mean of x over the entries that the mask selects, Σ m x / Σ m. → scalar
 
     >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([1, 1, 0])).item()
     2.0
     """
-    [entries] = real(mask, x=x)
+    [entries] = selected(mask, x=x)
     if not entries.is_floating_point():
         entries = entries.float()
     return entries.mean()
@@ -258,7 +259,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)   # −(1.2 + .5) / 2
     -0.85
     """
-    logp, old_logp, advantages = real(
+    logp, old_logp, advantages = selected(
         mask, logp=logp, old_logp=old_logp, advantages=advantages)
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
@@ -271,16 +272,17 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
 
 
 def value_loss(values, old_values, returns, mask, clip=None):
-    """Squared error of the critic against returns R, or also that of a step clipped to ±ε.
+    """Half the squared error of v against returns R; with a clip, not below that of a v
+    that stays within ±ε of v_old.
 
     mean ½ (v − R)²    or    mean ½ max( (v − R)², (v_old + clamp(v − v_old, −ε, ε) − R)² )
 
     values, old_values, returns, mask: (B, N); clip: ε in units of v, or None. → scalar
-    >>> value, old, target = torch.tensor([[[3.0]], [[0.0]], [[1.0]]])
-    >>> value_loss(value, old, target, torch.ones(1, 1)).item()            # ½ (3 − 1)²
+    >>> one = torch.ones(1, 1)
+    >>> value_loss(3 * one, 0 * one, one, one).item()                      # ½ (3 − 1)²
     2.0
     """
-    values, old_values, returns = real(
+    values, old_values, returns = selected(
         mask, values=values, old_values=old_values, returns=returns)
     error = (values - returns) ** 2
     if clip is not None:
@@ -291,7 +293,7 @@ def value_loss(values, old_values, returns, mask, clip=None):
 
 # ------------------------------------------------- the methods and their update
 
-METHODS = {  # policy: what samples, and gets one credit; lr: step size for the tiny LM
+METHODS = {  # policy: who samples ("token": a credit a token, others: one an action)
     "glam": dict(policy="glam", lr=3e-4, color="tab:purple"),
     "twosome": dict(policy="twosome", lr=3e-3, color="tab:green"),
     "action": dict(policy="action", lr=3e-4, color="tab:orange"),
@@ -333,15 +335,15 @@ class Config:
         for name in ("updates", "n_envs", "n_steps", "epochs", "minibatches"):
             x = getattr(self, name)
             require(isinstance(x, int) and x >= 1, f"{name} is {x}, not a whole number ≥ 1")
-        for knob in fields(Config):
-            x = getattr(self, knob.name)
-            if knob.type is float and x is not None:
-                most = 1 if knob.name.startswith(("gamma", "lam")) else torch.inf
-                require(0 <= x <= most, f"{knob.name} is {x}, not from 0 to {most}")
+        for option in fields(Config):
+            x = getattr(self, option.name)
+            if option.type is float and x is not None:
+                most = 1 if option.name.startswith(("gamma", "lam")) else torch.inf
+                require(0 <= x <= most, f"{option.name} is {x}, not from 0 to {most}")
 
 
 def inside(config):
-    """γ_w and λ_w: as given, else 1 and 1; for ntpo (every token is a step) γ and λ."""
+    """γ_w and λ_w: as given, else 1, 1; for ntpo, where every token is a step, γ, λ."""
     gamma_token = 1.0
     lam_token = 1.0
     if config.method == "ntpo":
@@ -383,9 +385,10 @@ def assign(config, mask, values, rewards, done, last_values):
     over = end & done.reshape(-1, 1).bool()
     discounts = bad_discounts(end, over, config.gamma, gamma_token)
     lambdas = torch.where(end, config.lam, lam_token)
-    slots = (reward, values, discounts, lambdas, mask)
-    rows = [x.reshape(len(last_values), -1) for x in slots]                 # (B, T·L) each
-    advantages, returns = gae(*rows, last_values)
+    slots = dict(
+        rewards=reward, values=values, discounts=discounts, lambdas=lambdas, mask=mask)
+    rows = {name: x.reshape(len(last_values), -1) for name, x in slots.items()}   # (B, T·L)
+    advantages, returns = gae(**rows, last_values=last_values)
     return advantages.view(mask.shape), returns.view(mask.shape)
 
 
@@ -409,8 +412,8 @@ def fill(actions, **columns):
 def credit(actions, last_values, config):
     """Write advantages, normalised over choices, and returns into the actions of a rollout.
 
-    A forced token (the menu leaves one possibility) is no choice. It has a value and takes
-    part in GAE, but log π = 0 whatever the weights, so its advantage moves nothing.
+    A forced token, such as the last word of most menu entries, is no choice. It has a value
+    and takes part in GAE, but log π = 0 whatever the weights: its advantage moves nothing.
     """
     rewards = last_values.new_tensor([action.reward for action in actions])
     done = last_values.new_tensor([action.done for action in actions])
@@ -424,20 +427,20 @@ def credit(actions, last_values, config):
 
 
 def minibatch_loss(agent, batch, config):
-    """What one minibatch of written actions asks of the weights. → loss, diagnostics
+    """The loss of a minibatch of written actions. → loss, diagnostics
 
-    loss = Σ_choices PPO loss − entropy_coef · Σ_choices entropy  (both a mean over actions)
-           + the critic's loss (a mean over slots)
+    loss = Σ_choices PPO loss − entropy_coef · Σ_choices entropy     (averaged over actions)
+           + the critic's loss                                       (averaged over slots)
 
     The unit of policy loss, entropy and KL is the action, whatever its length: the mean
-    over choices times the choices per action.
+    over choices times the choices per action is the sum over an action's choices.
     """
     menus = [action.menu for action in batch]
     logp, entropy, values = agent.evaluate(batch, menus, config.policy)     # (B, L)
     mask = written(batch)
     choice = column(batch, "choice")
     if not choice.any():
-        choice = mask                               # only the critic has something to learn
+        choice = mask                       # all forced: log π = 0 teaches nothing, v does
     policy_loss, info = ppo_policy_loss(
         logp, column(batch, "logp"), column(batch, "advantages"), choice, config.clip)
     critic_loss = value_loss(
@@ -453,8 +456,8 @@ def minibatch_loss(agent, batch, config):
 def ppo_update(agent, optimizer, rollout, config, generator):
     """One PPO update on what `collect` returned; returns diagnostics.
 
-    "kl" is the last minibatch's, for that tells how far the update has moved the policy. A
-    minibatch that crosses `kl_stop` counts, and takes no step.
+    "kl" is the last minibatch's: how far the update has moved the policy. A minibatch above
+    `kl_stop` is reported, and takes no step.
     """
     actions, last_values = rollout
     credit(actions, last_values, config)
@@ -476,7 +479,7 @@ def ppo_update(agent, optimizer, rollout, config, generator):
 
 
 def diagnostics(actions, seen):
-    """Of an update: means over its minibatches, but of "kl" the last; and what it cost."""
+    """Means over an update's minibatches (of kl: the last), their number, tokens."""
     means = {name: mean(info[name] for info in seen) for name in seen[0]}
     tokens = sum(len(action.ids) for action in actions)
     return means | {"kl": seen[-1]["kl"], "minibatches": len(seen), "tokens": tokens}
@@ -494,10 +497,10 @@ class Action:
     prompt: str
     menu: tuple                 # the admissible texts, or None: free text
     text: str                   # for the environment
-    ids: tuple                  # its L tokens, eos included
+    ids: tuple                  # its L tokens, the last one eos (or free text's limit)
     choice: torch.Tensor        # (slots,) True where two or more possibilities were open
     logp: torch.Tensor = None               # (slots,) under the distribution that sampled
-    entropy: torch.Tensor = None            # (slots,) of that distribution
+    entropy: torch.Tensor = None            # (slots,) of that ("action": Σ over its tokens)
     values: torch.Tensor = None             # (slots,) v before the slot
     reward: float = 0.0
     done: bool = False                      # the episode ended with this action
@@ -505,7 +508,7 @@ class Action:
     returns: torch.Tensor = None            # (slots,)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)               # hashed by identity: a key of `memory`
 class Menu:
     """A menu as token sequences, eos included, and as their trie."""
     texts: tuple                # A strings
@@ -520,7 +523,7 @@ def encode_menu(tokenizer, texts):
     entries = []
     trie = {}
     for text in texts:
-        ids = tokenizer(" " + text, add_special_tokens=False).input_ids
+        ids = tokenizer(" " + text, add_special_tokens=False).input_ids     # after a prompt
         entry = (*ids, tokenizer.eos_token_id)
         require(ids and entry not in entries, f"{text!r} is empty or twice in {texts}")
         entries.append(entry)
@@ -556,7 +559,7 @@ def entropy_of(log_pi):
 
 
 def pad(rows):
-    """R tuples of token ids → one tensor (R, L), and the mask of what is no padding."""
+    """R tuples of token ids → one tensor (R, L), and its mask, 1 on tokens."""
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
     mask = [torch.ones_like(row) for row in rows]
     return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
@@ -585,14 +588,14 @@ class LanguageAgent(nn.Module):
         head = nn.Sequential(
             nn.Linear(lm.config.hidden_size, 128), nn.Tanh(), nn.Linear(128, 1))
         for weights in head[-1].parameters():
-            nn.init.zeros_(weights)         # v = 0: before any reward there is no advantage
+            nn.init.zeros_(weights)                         # v = 0 before the first reward
         self.critic = nn.ModuleDict({"head": head.to(lm.device)})
         if critic == "copy":
             self.critic["lm"] = copy.deepcopy(lm)
         self.eval()
 
     def train(self, mode=True):
-        """No dropout: the policy that is trained is the one that sampled."""
+        """In either mode no dropout: the policy that is trained is the one that sampled."""
         return super().train(False)
 
     def _tokenize(self, prompts):
@@ -600,37 +603,38 @@ class LanguageAgent(nn.Module):
         out = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.lm.device)
         return out.input_ids, out.attention_mask
 
-    def _forward(self, lm, prompts, begun):
-        """Logits (R, L+1, V), features (R, L+1, H) after each prompt and each token begun.
+    def _forward(self, lm, prompts, prefixes):
+        """What an LM says after each of R prompts, and after each token of R prefixes.
 
-        Each distinct prompt is read once, but for its last token, and its cache is copied
-        to its rows. It is padded on the left, so positions count what is no padding.
+        → logits (R, W + 1, V), features (R, W + 1, H), W the longest prefix's length. Each
+        of U distinct prompts is read once, up to its last token. Then its cache is copied
+        to its rows, and each row reads that last token and its prefix.
         """
         distinct = list(dict.fromkeys(prompts))
         owner = torch.tensor([distinct.index(x) for x in prompts], device=lm.device)
-        ids, mask = self._tokenize(distinct)                                # (U, P)
+        ids, mask = self._tokenize(distinct)                # (U, P), padded on the left
+        positions = (mask.cumsum(1) - 1).clamp(min=0)       # do not count the padding
         cache = DynamicCache(config=lm.config)
-        renamed = "cache" in signature(lm.forward).parameters       # by transformers 5.24
+        renamed = "cache" in signature(lm.forward).parameters   # since transformers 5.24
         read = partial(lm, **{"cache" if renamed else "past_key_values": cache})
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
         if ids.shape[1] > 1:
             read(input_ids=ids[:, :-1], attention_mask=mask[:, :-1],
                  position_ids=positions[:, :-1], logits_to_keep=1)
             cache.batch_select_indices(owner)
-        more, real_ids = (x.to(lm.device) for x in pad(begun))              # (R, L)
-        ids = torch.cat([ids[owner, -1:], more], 1)                         # (R, L + 1)
-        mask = torch.cat([mask[owner], real_ids], 1)                        # (R, P + L)
+        more, real = (x.to(lm.device) for x in pad(prefixes))               # (R, W)
+        ids = torch.cat([ids[owner, -1:], more], 1)                         # (R, 1 + W)
+        mask = torch.cat([mask[owner], real], 1)                            # (R, P + W)
         positions = (mask.cumsum(1) - 1)[:, -ids.shape[1]:]
         out = read(input_ids=ids, attention_mask=mask, position_ids=positions,
                    output_hidden_states=True)
         return out.logits, out.hidden_states[-1]
 
-    def _read(self, prompts, begun):
-        """Logits (R, L+1, V) and v (R, L+1) after each prompt and each token begun."""
-        logits, features = self._forward(self.lm, prompts, begun)
+    def _read(self, prompts, prefixes):
+        """Logits (R, W + 1, V) and v (R, W + 1) after each prompt and each prefix token."""
+        logits, features = self._forward(self.lm, prompts, prefixes)
         features = features.detach()
         if "lm" in self.critic:
-            _, features = self._forward(self.critic["lm"], prompts, begun)
+            _, features = self._forward(self.critic["lm"], prompts, prefixes)
         return logits, self.critic["head"](features.float()).squeeze(-1)
 
     def values(self, prompts):
@@ -641,8 +645,8 @@ class LanguageAgent(nn.Module):
     def columns(self, rows, memory):
         """log π, entropy and v before every token of written actions: (L, 3) tensors.
 
-        rows: (prompt, Menu or None, token ids), in the menu's trie if there is one. What
-        the dictionary `memory` holds is not read again, so it may live as long as the
+        rows: (prompt, Menu or None, token ids); with a menu the ids are one of its entries.
+        What the dictionary `memory` holds is not read again, so it may live as long as the
         weights stand still: one call while training, a whole rollout while playing.
         """
         new = [row for row in dict.fromkeys(rows) if row not in memory]
@@ -651,7 +655,7 @@ class LanguageAgent(nn.Module):
         return [memory[row] for row in rows]
 
     def _compute(self, prompts, menus, actions):
-        """`columns` of distinct rows that no memory holds."""
+        """`columns` of distinct rows that no memory holds; all have a menu, or none."""
         logits, values = self._read(prompts, [action[:-1] for action in actions])
         ids, mask = (x.to(logits.device) for x in pad(actions))             # (R, L)
         allowed = None
@@ -661,7 +665,7 @@ class LanguageAgent(nn.Module):
                 for j in range(len(action)):
                     places += [(r, j, token) for token in menus[r].trie[action[:j]]]
             allowed = (mask == 0)[..., None].repeat(1, 1, logits.shape[-1])
-            allowed[tuple(torch.tensor(places).T)] = True
+            allowed[tuple(torch.tensor(places).T)] = True                   # [r, j, token]
         log_pi = menu_logp(logits, allowed)                                 # (R, L, V)
         logp = log_pi.gather(-1, ids[..., None]).squeeze(-1)
         table = torch.stack([logp, entropy_of(log_pi), values], -1)         # (R, L, 3)
@@ -676,6 +680,7 @@ class LanguageAgent(nn.Module):
         For other policies it is Σ_j log π, restricted to the menu and with eos.
         prompts: B strings; menus: B lists of A strings; memory: see `columns`.
         """
+        require(menus is not None, "scores need menus")
         menus = self._encode(prompts, menus, policy)
         rows = []
         words = []
@@ -707,14 +712,18 @@ class LanguageAgent(nn.Module):
         return [encode_menu(self.tokenizer, tuple(menu)) for menu in menus]
 
     def _menu_policy(self, prompts, menus, policy, memory):
-        """log π(a|o), the softmax over a menu's scores: (B, A), −inf beyond its end."""
+        """log π(a|o), the softmax over a menu's scores: (B, A), −inf beyond its end.
+
+        Scores of "token" and "action" are log π(a|o) already, which it leaves as they are.
+        """
         scores = self.score(prompts, menus, policy, memory)
         return pad_sequence(scores, True, -torch.inf).log_softmax(-1)
 
     def _write_freely(self, prompts, greedy, generator):
         """Free text by `generate` of transformers, up to eos or the limit: B tuples."""
         ids, mask = self._tokenize(prompts)                                 # (B, P)
-        with seeded(torch.randint(2**60, (), generator=generator).item()):
+        seed = torch.randint(2**60, (), generator=generator).item()
+        with seeded(seed):                                  # `generate` takes no generator
             out = self.lm.generate(ids, attention_mask=mask, do_sample=not greedy)
         actions = []
         for row in out[:, ids.shape[1]:].tolist():
@@ -762,27 +771,32 @@ class LanguageAgent(nn.Module):
     def evaluate(self, actions, menus=None, policy="token", memory=None):
         """Written actions under the present weights, with gradient: what PPO compares.
 
-        actions: B records of `act`, with its menus and its policy; memory: see `columns`.
+        actions: B records of `act`, with its menus (without: log π over the vocabulary) and
+        policy; memory: see `columns`, not that of `act` if gradients are wanted.
         → logp, entropy, values: (B, L), zero where padded; (B, 1) for all but "token".
         """
         prompts = [action.prompt for action in actions]
-        written = [action.ids for action in actions]
+        ids = [action.ids for action in actions]
         encoded = self._encode(prompts, menus, policy)
         if memory is None:
             memory = {}
         if policy in RESTRICTED:
-            log_pi = self._menu_policy(prompts, menus, policy, memory)              # (B, A)
-            pick = [menu.entries.index(ids) for menu, ids in zip(encoded, written)]
-            logp = log_pi[range(len(pick)), pick]
-            first = [(x, None, menu.entries[0][:-1]) for x, menu in zip(prompts, encoded)]
-            values = [column[0, 2] for column in self.columns(first, memory)]       # v(o)
-            slots = torch.stack([logp, entropy_of(log_pi), torch.stack(values)], -1)
-            slots = slots[:, None]                                          # (B, 1, 3)
+            slots = self._entry_slots(prompts, encoded, ids, policy, memory)
         else:
-            slots = self.columns(list(zip(prompts, encoded, written)), memory)
+            slots = self.columns(list(zip(prompts, encoded, ids)), memory)
         if policy == "action":
-            slots = [torch.cat([x[:, :2].sum(0), x[0, 2:]])[None] for x in slots]
+            slots = [torch.stack([*x[:, :2].sum(0), x[0, 2]])[None] for x in slots]
         return pad_sequence(list(slots), batch_first=True).unbind(-1)
+
+    def _entry_slots(self, prompts, menus, actions, policy, memory):
+        """log π(a|o), the entropy of π(·|o), and v(o) of B entries of Menus: (B, 1, 3)."""
+        texts = [menu.texts for menu in menus]
+        log_pi = self._menu_policy(prompts, texts, policy, memory)          # (B, A)
+        pick = [menu.entries.index(ids) for menu, ids in zip(menus, actions)]
+        logp = log_pi[range(len(pick)), pick]
+        first = [(text, None, menu.entries[0][:-1]) for text, menu in zip(prompts, menus)]
+        values = [x[0, 2] for x in self.columns(first, memory)]     # v(o)
+        return torch.stack([logp, entropy_of(log_pi), torch.stack(values)], -1)[:, None]
 
     def save(self, folder):
         """Write LM and tokenizer by `save_pretrained`, the critic beside them."""
@@ -813,7 +827,8 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
     else:
         agent = pretrained_agent(model, seed)
     if train_layers:
-        layers = next(x for x in agent.lm.modules() if isinstance(x, nn.ModuleList))
+        lists = (x for x in agent.lm.modules() if isinstance(x, nn.ModuleList))
+        layers = next(lists)                                # a transformer's first list
         require(0 < train_layers <= len(layers),
                 f"train_layers is {train_layers}, but {model} has {len(layers)} layers")
         agent.lm.requires_grad_(False)
@@ -840,7 +855,8 @@ def pretrained_agent(model, seed):
     kind = "copy" if any(name.startswith("lm.") for name in saved) else "head"
     with seeded(seed):                                          # the critic's first layer
         agent = LanguageAgent(lm, tokenizer, kind)
-    agent.critic.load_state_dict(saved, strict=bool(saved))
+    if saved:
+        agent.critic.load_state_dict(saved)
     return agent
 
 
@@ -848,7 +864,7 @@ def pretrained_agent(model, seed):
 
 
 def step_all(agent, players, policy, greedy, generator, memory):
-    """One action of every player, written and done; a list of records (`Action`)."""
+    """Every player takes one action: B records (`Action`), reward and done included."""
     prompts = [player.obs for player in players]
     menus = [player.info.get("menu") for player in players]
     actions = agent.act(prompts, menus, policy, greedy, generator, memory)
@@ -860,10 +876,10 @@ def step_all(agent, players, policy, greedy, generator, memory):
 
 @torch.no_grad()
 def collect(agent, players, config, generator, episodes):
-    """A rollout, T actions of each of B players; `episodes` gets (return, success) of ends.
+    """A rollout: T actions of each of B players; `episodes` takes the finished ones.
 
     An episode that the time limit cuts was not over: its last reward gets + γ v(o_next).
-    → B·T records, player b's action t in place b·T + t; v after each player's last (B,).
+    → B·T records, player b's action t in place b·T + t; v(o) of what players see now (B,).
     """
     memory = {}                                                 # the weights stand still
     steps = []
@@ -914,12 +930,12 @@ def summary(outcomes):
 
 
 def seed_of(seed, b, exam=0):
-    """The seed of environment b: even for training, odd for what training never saw."""
+    """The seed of environment b: even for training, odd for exams."""
     return 2 * (1000 * seed + b) + exam
 
 
 def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
-    """Play whole episodes, on environments that training never saw.
+    """Play whole episodes, on seeds that training never uses.
 
     → (return, success) of each, and the first one as text, a line an action.
     """
@@ -946,12 +962,12 @@ PRESETS = {  # where an environment needs other numbers than Config's
     "scikit": dict(
         updates=12, n_envs=32, n_steps=8, lr=1e-3, entropy_coef=0.001, kl_stop=torch.inf)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REAL = dict(epochs=4, minibatches=1)        # a real model: what repeats is read once a pass
+REAL = dict(epochs=4, minibatches=1)        # one minibatch: what repeats is read once
 
 
 @dataclass(frozen=True)
 class Options(Config):
-    """What the command line takes besides the knobs of Config."""
+    """The command line: a run's Config, and what else can be asked for."""
     method: str = knob("", f"some of {','.join(METHODS)}; default: all that can run")
     env: str = knob("food", f"one of {', '.join(ENVS)}")
     wording: str = knob("", "of food: long (default) or short")
@@ -981,7 +997,7 @@ def parse(argv):
 
 
 def prepare(options):
-    """What cannot work fails here, before anything is trained. → env_fn, configs"""
+    """What can be known to fail fails here, before any training. → env_fn, configs"""
     wording = {}
     if options.wording or options.env == "food":
         wording["wording"] = options.wording or "long"
@@ -997,7 +1013,10 @@ def prepare(options):
             f"learnt by {', '.join(able)} (glam and twosome need a menu)")
     require(options.seeds >= 1, f"--seeds is {options.seeds}, expected at least 1")
     require(options.eval >= 0, f"--eval is {options.eval}, expected at least 0")
-    torch.zeros(1, device=options.device)
+    try:
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {options.device}: {error}") from error
     configs = []
     for seed in range(options.seed, options.seed + options.seeds):
         configs += [replace(options, method=method, seed=seed) for method in methods]
@@ -1042,7 +1061,7 @@ def report(runs, path):
     for method, row in METHODS.items():
         group = [run for run in runs if run["config"]["method"] == method]
         if group:
-            axes.plot([], color=row["color"], label=method)
+            axes.plot([], color=row["color"], label=method)        # for the legend
         for run in group:
             curve = [m for m in run["metrics"] if m["episodes"] >= 16]
             steps = [m["env_steps"] for m in curve]
@@ -1059,6 +1078,7 @@ def report(runs, path):
 
 
 def main(argv=None):
+    """Train and examine each method with each seed (or only play), and keep the numbers."""
     if argv is None:
         argv = sys.argv[1:]
     runs = []
@@ -1086,7 +1106,7 @@ def main(argv=None):
                 agent.save(Path(config.save) / f"{config.method}-{config.seed}")
     except KeyboardInterrupt:
         print("interrupted: what was measured so far is kept")
-    except (ValueError, RuntimeError, AssertionError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit("poad.py: " + " ".join(str(error).split()))
     finally:
         runs = [record for record in runs if record["metrics"]]

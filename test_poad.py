@@ -1786,7 +1786,7 @@ MISTAKES = {  # function: (text that its body holds once, what is wrong in its p
     "score": [("entry[:-1]", "entry"), ("len(text.split())", "len(text)"),
         ("(prompt, menu, entry)", "(prompt, None, entry)"), ('== "twosome"', '== "glam"')],
     "assign": [("end * rewards", "mask * rewards"), ("end & done.", "end & ~done."),
-        ("config.lam, lam_token", "lam_token, config.lam"), ("(*rows, last", "(*rows, 0 * last"),
+        ("config.lam, lam_token", "lam_token, config.lam"), ("values=last", "values=0 * last"),
         ("config.gamma, gamma_token", "gamma_token, config.gamma"),
         ("mask.sum(1, keepdim=True)", "mask.shape[1]")]}
 
