@@ -444,6 +444,9 @@ def test_gae_targets_are_constants():
         assert not x.requires_grad, "the critic would be trained through its own target: detach"
         assert x.dtype == torch.float32, f"values are float32, but {x.dtype} came out"
     near(given, STREAM, "an input was changed in place")
+    row = torch.ones(1, 2)                              # the values decide, not what goes with them
+    for x in gae(row, row, row.double(), 1.0, row, torch.ones(1)):
+        assert x.dtype == torch.float32, f"values are float32, but {x.dtype} came out"
 
 
 # ------------------------------------------------------------------ losses
