@@ -1504,8 +1504,7 @@ def blank_notebook(text):
 
 def blank(folder, names=EXERCISES):
     """Write an assignment into a new or empty folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: nothing was written")
     texts = {}
     for name in ("envs.py", "requirements.txt", "README.md", "LICENSE"):
@@ -1515,6 +1514,7 @@ def blank(folder, names=EXERCISES):
     texts["STUDENT.md"] = STUDENT + "".join(f"| {name} | {EXERCISES[name]} |\n" for name in names)
     for name in ("tabular_demo.ipynb", "llm_demo.ipynb"):
         texts[name] = blank_notebook(text_of(name))
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 
