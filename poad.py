@@ -28,6 +28,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from statistics import mean, pstdev, stdev
 
@@ -892,7 +893,7 @@ def collect(agent, players, config, generator, episodes):
             if player.over:
                 episodes.append((player.total, float(player.info["success"])))
                 player.begin()
-    rollout = [action for stream in zip(*steps) for action in stream]
+    rollout = list(chain.from_iterable(zip(*steps)))            # player by player
     return rollout, agent.values([player.obs for player in players])
 
 
