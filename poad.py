@@ -25,12 +25,14 @@ import json
 import shlex
 import sys
 import time
+from collections import deque
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from inspect import signature
 from itertools import chain
 from pathlib import Path
 from statistics import mean, pstdev, stdev
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -322,6 +324,7 @@ class Config:
     critic_lr: float = knob(1e-3, "Adam's step size for the critic")
     epochs: int = knob(3, "passes over a rollout")
     minibatches: int = knob(4, "minibatches of a pass: more of them need less memory")
+    critic_steps: int = knob(0, "the critic's own steps after each update, see `fit_critic`")
     clip: float = knob(0.2, "ε of the ratio")
     entropy_coef: float = knob(0.01, "weight of an action's entropy (nats)")
     kl_stop: float = knob(0.1, "KL of an action (nats) that ends an update; inf: never")
@@ -333,11 +336,12 @@ class Config:
 
     def __post_init__(self):
         require(self.method in METHODS, f"{self.method!r} is no method of {list(METHODS)}")
-        for name in ("updates", "n_envs", "n_steps", "epochs", "minibatches"):
-            x = getattr(self, name)
-            require(isinstance(x, int) and x >= 1, f"{name} is {x}, not a whole number ≥ 1")
         for option in fields(Config):
             x = getattr(self, option.name)
+            if option.type is int and option.name != "seed":
+                least = 0 if option.name == "critic_steps" else 1
+                require(isinstance(x, int) and x >= least,
+                        f"{option.name} is {x}, not a whole number ≥ {least}")
             if option.type is float and x is not None:
                 most = 1 if option.name.startswith(("gamma", "lam")) else torch.inf
                 require(0 <= x <= most, f"{option.name} is {x}, not from 0 to {most}")
@@ -471,12 +475,41 @@ def ppo_update(agent, optimizer, rollout, config, generator):
             seen.append(info)
             if info["kl"] > config.kl_stop:
                 return diagnostics(actions, seen)
-            optimizer.zero_grad()
-            loss.backward()
-            for group in optimizer.param_groups:
-                nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
-            optimizer.step()
+            take_step(optimizer, loss, config)
     return diagnostics(actions, seen)
+
+
+def take_step(optimizer, loss, config):
+    """One step of Adam down the gradient, clipped for LM and critic each for itself."""
+    optimizer.zero_grad()
+    loss.backward()
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+    optimizer.step()
+
+
+def fit_critic(agent, optimizer, actions, config, generator):
+    """The critic's own steps, each on 64 of the actions (as in arXiv 2009.04416).
+
+    mean ½ (v_j − γ_w^(n−j) R_n)²           at every slot j of an action of n slots
+
+    R_n is the return at the action's end. What is learned of half an action is so what came
+    of it, also where λ_w < 1 takes the critic's word for it in the advantages. The policy
+    does not move.
+    """
+    gamma_token, _ = inside(config)
+    for _ in range(config.critic_steps):
+        picks = torch.randint(len(actions), (64,), generator=generator)
+        batch = [actions[i] for i in picks]
+        prompts = [action.prompt for action in batch]
+        prefixes = [action.ids[:len(action.choice) - 1] for action in batch]
+        values = agent.judge(prompts, prefixes)                             # (64, L)
+        mask = written(batch)
+        to_come = mask.sum(1, keepdim=True) - mask.cumsum(1)                # n − j
+        ends = torch.stack([action.returns[-1:] for action in batch])       # (64, 1)
+        returns = gamma_token**to_come * ends
+        loss = value_loss(values, column(batch, "values"), returns, mask)
+        take_step(optimizer, loss, config)
 
 
 def diagnostics(actions, seen):
@@ -630,18 +663,23 @@ class LanguageAgent(nn.Module):
                    output_hidden_states=True)
         return out.logits, out.hidden_states[-1]
 
-    def _read(self, prompts, prefixes):
-        """Logits (R, W + 1, V) and v (R, W + 1) after each prompt and each prefix token."""
-        logits, features = self._forward(self.lm, prompts, prefixes)
-        features = features.detach()
+    def judge(self, prompts, prefixes, features=None):
+        """v (R, W + 1) after each of R prompts, and after each token of R prefixes.
+
+        features: (R, W + 1, H), what the policy's LM says of them, if it was asked already;
+        a critic with its own copy asks that one.
+        """
         if "lm" in self.critic:
             _, features = self._forward(self.critic["lm"], prompts, prefixes)
-        return logits, self.critic["head"](features.float()).squeeze(-1)
+        else:
+            if features is None:
+                _, features = self._forward(self.lm, prompts, prefixes)
+            features = features.detach()
+        return self.critic["head"](features.float()).squeeze(-1)
 
     def values(self, prompts):
         """v(o), before any token is written: B strings → (B,)."""
-        _, values = self._read(prompts, [()] * len(prompts))
-        return values[:, 0]
+        return self.judge(prompts, [()] * len(prompts))[:, 0]
 
     def columns(self, rows, memory):
         """log π, entropy and v before every token of written actions: (L, 3) tensors.
@@ -657,7 +695,9 @@ class LanguageAgent(nn.Module):
 
     def _compute(self, prompts, menus, actions):
         """`columns` of distinct rows that no memory holds; all have a menu, or none."""
-        logits, values = self._read(prompts, [action[:-1] for action in actions])
+        prefixes = [action[:-1] for action in actions]
+        logits, features = self._forward(self.lm, prompts, prefixes)
+        values = self.judge(prompts, prefixes, features)                    # (R, L)
         ids, mask = (x.to(logits.device) for x in pad(actions))             # (R, L)
         allowed = None
         if menus[0] is not None:
@@ -817,48 +857,49 @@ def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens
         return LanguageAgent(lm, tokenizer, critic, max_new_tokens)
 
 
-def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
+def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0, critic="head"):
     """The tiny agent ("tiny"), or an agent with a causal LM from elsewhere.
 
     model: a hub id, a folder (of `save`, with its critic, or of any `save_pretrained`) or a
-    .gguf file, else ValueError; train_layers: only so many last layers learn, 0: all.
+    .gguf file, else ValueError; train_layers: only so many last layers learn, 0: all;
+    critic: see `LanguageAgent`, if none was saved.
     """
+    saved = {}
     if model == "tiny":
-        agent = tiny_agent(env_fn, seed)
+        lm, tokenizer = tiny_lm(env_fn, seed)
     else:
-        agent = pretrained_agent(model, seed)
+        lm, tokenizer = pretrained_lm(model)
+        weights = Path(model) / "critic.pt"
+        if weights.exists():
+            saved = torch.load(weights, map_location="cpu", weights_only=True)
+            critic = "copy" if any(name.startswith("lm.") for name in saved) else "head"
     if train_layers:
-        lists = (x for x in agent.lm.modules() if isinstance(x, nn.ModuleList))
+        lists = (x for x in lm.modules() if isinstance(x, nn.ModuleList))
         layers = next(lists)                                # a transformer's first list
         require(0 < train_layers <= len(layers),
                 f"train_layers is {train_layers}, but {model} has {len(layers)} layers")
-        agent.lm.requires_grad_(False)
+        lm.requires_grad_(False)                            # a critic's copy inherits it
         layers[-train_layers:].requires_grad_(True)
+    with seeded(seed):                                      # the critic's first layer
+        agent = LanguageAgent(lm, tokenizer, critic)
+    if saved:
+        agent.critic.load_state_dict(saved)
     return agent.to(device)
 
 
-def pretrained_agent(model, seed):
-    """An agent with any causal LM of transformers, and the critic saved beside it."""
-    folder = Path(model)
+def pretrained_lm(model):
+    """Any causal LM of transformers, and its tokenizer."""
+    path = Path(model)
     options = {}
-    if folder.suffix == ".gguf":
-        options["gguf_file"] = folder.name
-        model = folder.parent
+    if path.suffix == ".gguf":
+        options["gguf_file"] = path.name
+        model = path.parent
     try:
         lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(model, **options)
+        return lm, AutoTokenizer.from_pretrained(model, **options)
     except Exception as error:                          # a loader may raise anything
-        raise ValueError(f"cannot load {folder}: expected tiny, a hub id, a folder or "
+        raise ValueError(f"cannot load {path}: expected tiny, a hub id, a folder or "
                          f"a .gguf file ({str(error)[:90]}…)") from error
-    saved = {}
-    if (folder / "critic.pt").exists():
-        saved = torch.load(folder / "critic.pt", map_location="cpu", weights_only=True)
-    kind = "copy" if any(name.startswith("lm.") for name in saved) else "head"
-    with seeded(seed):                                          # the critic's first layer
-        agent = LanguageAgent(lm, tokenizer, kind)
-    if saved:
-        agent.critic.load_state_dict(saved)
-    return agent
 
 
 # ------------------------------------------------- playing and training
@@ -911,9 +952,12 @@ def train(agent, env_fn, config):
         dict(params=agent.lm.parameters(), lr=step_size(config, agent.lm)),
         dict(params=agent.critic.parameters(), lr=config.critic_lr)])
     episodes = []
+    recent = deque(maxlen=4)                                    # rollouts for `fit_critic`
     for update in range(1, config.updates + 1):
         rollout = collect(agent, players, config, generator, episodes)
         info = ppo_update(agent, optimizer, rollout, config, generator)
+        recent.append(rollout[0])
+        fit_critic(agent, optimizer, list(chain(*recent)), config, generator)
         steps = update * config.n_envs * config.n_steps
         seconds = time.perf_counter() - begin
         yield {"update": update, "env_steps": steps, "seconds": seconds,
@@ -972,8 +1016,10 @@ class Options(Config):
     method: str = knob("", f"some of {','.join(METHODS)}; default: all that can run")
     env: str = knob("food", f"one of {', '.join(ENVS)}")
     wording: str = knob("", "of food: long (default) or short")
+    env_options: str = knob("", "other options of the environment, as guests=1,slots=2")
     model: str = knob("tiny", "tiny, a hub id, a folder or a .gguf file")
     train_layers: int = knob(0, "how many of its last layers learn; 0: all")
+    critic: Literal["head", "copy"] = knob("head", "reads the LM's features, or its own LM's")
     device: str = knob(DEVICE, "cpu or cuda; default: the GPU if there is one")
     seeds: int = knob(1, "how many runs of each method, from --seed on")
     out: str = knob("", "JSON file for the numbers; default runs/ENV.json")
@@ -999,10 +1045,13 @@ def parse(argv):
 
 def prepare(options):
     """What can be known to fail fails here, before any training. → env_fn, configs"""
-    wording = {}
+    settings = {}
     if options.wording or options.env == "food":
-        wording["wording"] = options.wording or "long"
-    env_fn = partial(make, options.env, **wording)
+        settings["wording"] = options.wording or "long"
+    for pair in filter(None, options.env_options.split(",")):
+        name, _, value = pair.partition("=")
+        settings[name] = int(value) if value.isdigit() else value
+    env_fn = partial(make, options.env, **settings)
     _, info = env_fn().reset(seed=0)
     able = list(METHODS)
     if "menu" not in info:
@@ -1092,7 +1141,8 @@ def main(argv=None):
         for config in configs:
             if config.seed not in starts:
                 starts = {config.seed: load_agent(
-                    config.model, env_fn, config.seed, config.device, config.train_layers)}
+                    config.model, env_fn, config.seed, config.device, config.train_layers,
+                    config.critic)}
             agent = copy.deepcopy(starts[config.seed])
             if config.eval:
                 demonstrate(agent, env_fn, config)

@@ -1007,6 +1007,32 @@ def test_collect(cut):
     near(last, agent.values(["you s1", "see s1"]), "values of what is seen now", tol=1e-5)
 
 
+@WITH_BOTH_CRITICS
+@pytest.mark.parametrize("method, expected", [
+    ("poad", [2, 2, 2]), ("ntpo", [0.5, 1, 2]), ("action", [2]), ("glam", [2])])
+def test_fit_critic(critic, method, expected):
+    """γ_w is 1, for naive ½; of three tokens the last one has the return 2, others 9 and 9."""
+    agent = small_agent(critic=critic, fresh=True)
+    policy = copy.deepcopy(agent.lm.state_dict())
+    config = Config(method, gamma=0.5, lam=0.5, lam_token=0.0, critic_lr=0.01, critic_steps=150)
+    [action] = agent.act(PROMPTS[:1], [["eat now"]], config.policy)
+    action.returns = torch.tensor([9.0, 9.0, 2.0])[-len(expected):]
+    optimizer = torch.optim.Adam([
+        dict(params=agent.lm.parameters(), lr=0.1), dict(params=agent.critic.parameters(), lr=0.01)])
+    poad.fit_critic(agent, optimizer, [action], config, rng())
+    _, _, values = agent.evaluate([action], [["eat now"]], config.policy)
+    near(values, [expected], "γ_w^(n − j) R_n before every token", tol=0.05)
+    for name, x in agent.lm.state_dict().items():
+        assert torch.equal(x, policy[name]), f"{name}: the policy must stand still"
+
+
+def test_train_fits_the_critic_on_four_rollouts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(poad, "fit_critic", lambda *args: seen.append(len(args[2])))
+    list(train(small_agent(), Clock, Config(updates=6, n_envs=2, n_steps=3)))
+    assert seen == [6, 12, 18, 24, 24, 24]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_train_where_nothing_can_be_chosen(method):
     """One-entry menus, "eat now" and eos, which pays 7 twice: only the critic learns."""
@@ -1077,7 +1103,7 @@ def cli(monkeypatch, tmp_path):
     """main in an empty folder, on lunch, in small; it uses `cli.tiny_lm`, hardly pre-trained."""
     def run(typed):
         poad.main(("--env lunch --n_envs 2 --epochs 1 " + typed).split())
-    run.tiny_lm = Mock(side_effect=lambda env_fn, seed, steps: envs.tiny_lm(env_fn, seed, 2))
+    run.tiny_lm = Mock(side_effect=lambda env_fn, seed: envs.tiny_lm(env_fn, seed, 2))
     monkeypatch.setattr(poad, "tiny_lm", run.tiny_lm)
     monkeypatch.chdir(tmp_path)
     return run
@@ -1106,7 +1132,7 @@ def test_command_line(cli, tmp_path, capsys):
 @pytest.mark.parametrize("typed", [
     "--env dinner", "--wording long", "--method ppo", "--method glam --env scikit", "--colour red",
     "--updates many", "--updates 0", "--gamma 2", "--seeds 0", "--device cuda:99",
-    "--model /no/such"])
+    "--model /no/such", "--env_options guests=1", "--env_options guests", "--critic tail"])
 def test_command_line_refuses_in_one_line(cli, capsys, typed):
     with pytest.raises(SystemExit) as stop:
         cli(typed)
@@ -1115,6 +1141,13 @@ def test_command_line_refuses_in_one_line(cli, capsys, typed):
         said = said + stop.value.code
     assert stop.value.code and len(said.strip().splitlines()) == 1, said
     cli.tiny_lm.assert_not_called()
+
+
+def test_command_line_builds_the_environment():
+    typed = "--env orders --env_options slots=2,words=3,guests=1 --critic_steps 5"
+    env_fn, configs = poad.prepare(poad.parse(typed.split()))
+    assert len(env_fn().menu()) == 9 and "no more" in env_fn().reset(seed=0)[0]
+    assert all(config.critic_steps == 5 and config.lr == 1e-3 for config in configs)
 
 
 def test_command_line_help(cli, capsys):
@@ -1158,6 +1191,9 @@ def test_save_and_load(tmp_path, kind, critic):
     for name, x in loaded.lm.state_dict().items():
         same = torch.equal(x, agent.lm.state_dict()[name])
         assert same == (".1." not in name), f"{name}: only the last layer learns"
+    for name, x in loaded.critic.named_parameters():
+        learns = name.startswith("head") or ".1." in name
+        assert x.requires_grad == learns, f"{name}: of a copy, too, the last layer only"
 
 
 # ------------------------------------------------------------------ tabular environments
