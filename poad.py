@@ -158,7 +158,7 @@ def action_policy(token_policy, mdp):
 
 
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
-    """The discount on what follows each token: the one vector that tells BAD from naive.
+    """The discount on what follows each token: where BAD and naive part.
 
     γ_n = γ_w inside an action,  γ after its last token,  0 after a finished episode's last
 
@@ -324,7 +324,7 @@ class Config:
     critic_lr: float = knob(1e-3, "Adam's step size for the critic")
     epochs: int = knob(3, "passes over a rollout")
     minibatches: int = knob(4, "minibatches of a pass: more of them need less memory")
-    critic_steps: int = knob(0, "the critic's own steps after each update, see `fit_critic`")
+    critic_steps: int = knob(0, "extra ones after each update, see `fit_critic`")
     clip: float = knob(0.2, "ε of the ratio")
     entropy_coef: float = knob(0.01, "weight of an action's entropy (nats)")
     kl_stop: float = knob(0.1, "KL of an action (nats) that ends an update; inf: never")
@@ -491,11 +491,11 @@ def take_step(optimizer, loss, config):
 def fit_critic(agent, optimizer, actions, config, generator):
     """The critic's own steps, each on 64 of the actions (as in arXiv 2009.04416).
 
-    mean ½ (v_j − γ_w^(n−j) R_n)²           at every slot j of an action of n slots
+    mean ½ (v_j − γ_w^(n−j) R_n)²           over the slots j of actions of n slots
 
-    R_n is the return at the action's end. What is learned of half an action is so what came
-    of it, also where λ_w < 1 takes the critic's word for it in the advantages. The policy
-    does not move.
+    R_n is the return at an action's end: the critic learns what came of an action in the
+    end, also where λ_w < 1 lets advantages rely on what it says half way. The policy does
+    not move.
     """
     gamma_token, _ = inside(config)
     for _ in range(config.critic_steps):
@@ -1019,7 +1019,7 @@ class Options(Config):
     env_options: str = knob("", "other options of the environment, as guests=1,slots=2")
     model: str = knob("tiny", "tiny, a hub id, a folder or a .gguf file")
     train_layers: int = knob(0, "how many of its last layers learn; 0: all")
-    critic: Literal["head", "copy"] = knob("head", "reads the LM's features, or its own LM's")
+    critic: Literal["head", "copy"] = knob("head", "reads the LM, or its own copy")
     device: str = knob(DEVICE, "cpu or cuda; default: the GPU if there is one")
     seeds: int = knob(1, "how many runs of each method, from --seed on")
     out: str = knob("", "JSON file for the numbers; default runs/ENV.json")

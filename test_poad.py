@@ -1017,8 +1017,7 @@ def test_fit_critic(critic, method, expected):
     config = Config(method, gamma=0.5, lam=0.5, lam_token=0.0, critic_lr=0.01, critic_steps=150)
     [action] = agent.act(PROMPTS[:1], [["eat now"]], config.policy)
     action.returns = torch.tensor([9.0, 9.0, 2.0])[-len(expected):]
-    optimizer = torch.optim.Adam([
-        dict(params=agent.lm.parameters(), lr=0.1), dict(params=agent.critic.parameters(), lr=0.01)])
+    optimizer = torch.optim.Adam(agent.parameters(), lr=0.01)
     poad.fit_critic(agent, optimizer, [action], config, rng())
     _, _, values = agent.evaluate([action], [["eat now"]], config.policy)
     near(values, [expected], "γ_w^(n − j) R_n before every token", tol=0.05)
@@ -1194,6 +1193,43 @@ def test_save_and_load(tmp_path, kind, critic):
     for name, x in loaded.critic.named_parameters():
         learns = name.startswith("head") or ".1." in name
         assert x.requires_grad == learns, f"{name}: of a copy, too, the last layer only"
+
+
+def test_readme_has_bad_for_verl(monkeypatch):
+    """The README's module: BAD; and the numbers of verl's own GAE if γ_w = γ and λ_w = λ."""
+    def masked_whiten(x, mask):  # verl's: the variance has N - 1
+        entries = x[mask == 1]
+        return (x - entries.mean()) * torch.rsqrt(entries.var() + 1e-8)
+    ppo = Mock()
+    functional = Mock(masked_whiten=masked_whiten)
+    monkeypatch.setitem(sys.modules, "verl.trainer.ppo", ppo)
+    monkeypatch.setitem(sys.modules, "verl.utils.torch_functional", functional)
+    blocks = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.DOTALL)
+    [code] = [block for block in blocks if "core_algos" in block]
+    space = {}
+    exec(code, space)
+    bad = ppo.core_algos.compute_gae_advantage_return
+    # the stream of test_gae_by_hand, with an observation (9) after each of its two actions
+    r, v, mask = torch.tensor([[[0, 2, 9, 0, 4, 9]], [[1, 2, 9, 3, 4, 9]], [[1, 1, 0, 1, 1, 0]]])
+    _, returns = bad(r, v.bfloat16(), mask, 0.5, 0.25)
+    near(returns[mask == 1], RETURNS, "not BAD: λ inside an action, or its end elsewhere?")
+    assert returns.dtype == torch.float32, "half precision is too coarse for sums"
+    turns = torch.tensor([([1] * 100 + [0] * 20) * 5])[:, :580]
+    reward = torch.eye(580)[-1:]
+    _, returns = bad(reward, 0 * reward, turns, 0.99, 0.95)  # V = 0: they are the advantages
+    near(returns[0, 0], (0.99 * 0.95) ** 4, "four times from turn to turn, never inside", tol=1e-5)
+    # made by verl's own functions with γ = .9, λ = .8; masked slots hold values, too
+    r = t([[0, -300, 535, -300, -300, -300, 0, 0, -300, -300],
+           [-120, 970, -300, -300, 533, 2332, 682, 0, -300, -300]]) / 1000
+    v = t([[-4474, -1007, 143, 1019, -559, 288, 916, -2310, 1908, 967],
+           [-1953, -1687, -1100, 359, -1149, 1801, 386, -432, 795, 393]]) / 1000
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 1, 1]])
+    right = [.244343, -.212318, -1.216087, -.166118, -.534574, -1.523242, -.970826, 1.168329,
+             1.477668, .851753, .406974, 1.987441, .282852, -.192162, -.955798, -.648236]
+    space["bad_discounts"] = lambda end, done, gamma: bad_discounts(end, done, gamma, gamma)
+    advantages, _ = bad(
+        token_level_rewards=r, values=v, response_mask=mask, gamma=0.9, lam=0.8)  # as verl calls it
+    near(advantages[mask == 1], right, "not verl's own GAE, whitened", tol=1e-5)
 
 
 # ------------------------------------------------------------------ tabular environments
