@@ -49,6 +49,11 @@ def same_shape(**tensors):
     require(len(set(shapes.values())) == 1, f"these must have one shape: {shapes}")
 
 
+def check_table(table, mdp):
+    shape = (len(mdp.reward), *mdp.child.shape)                             # (S, N, V)
+    require(table.shape == shape, f"the table is {tuple(table.shape)}, not {shape}")
+
+
 # ------------------------------------------------- Bellman backups (tables, float64)
 
 
@@ -100,8 +105,7 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
     → (S, N, V), −inf at invalid tokens.
     """
     q = torch.as_tensor(q, dtype=torch.float64)
-    shape = (len(mdp.reward), *mdp.child.shape)
-    require(q.shape == shape, f"q is {tuple(q.shape)}, expected {shape}")
+    check_table(q, mdp)
     goes_on = mdp.child >= 0                                                # (N, V)
     complete = mdp.leaf >= 0                                                # (N, V)
     valid = goes_on | complete
@@ -142,8 +146,7 @@ def action_policy(token_policy, mdp):
     π(a|s) = Π_j π(wʲ|s, w<ʲ)                    two tokens of ½ and ¼: ⅛
     """
     token_policy = torch.as_tensor(token_policy)
-    shape = (len(mdp.reward), *mdp.child.shape)
-    require(token_policy.shape == shape, f"{tuple(token_policy.shape)}, expected {shape}")
+    check_table(token_policy, mdp)
     number = {prefix: n for n, prefix in enumerate(mdp.prefixes)}
     columns = []
     for action in mdp.actions:
@@ -324,7 +327,7 @@ class Config:
     critic_lr: float = knob(1e-3, "Adam's step size for the critic")
     epochs: int = knob(3, "passes over a rollout")
     minibatches: int = knob(4, "minibatches of a pass: more of them need less memory")
-    critic_steps: int = knob(0, "extra ones after each update, see `fit_critic`")
+    critic_steps: int = knob(0, "of the critic alone, after an update: `fit_critic`")
     clip: float = knob(0.2, "ε of the ratio")
     entropy_coef: float = knob(0.01, "weight of an action's entropy (nats)")
     kl_stop: float = knob(0.1, "KL of an action (nats) that ends an update; inf: never")
@@ -489,7 +492,7 @@ def take_step(optimizer, loss, config):
 
 
 def fit_critic(agent, optimizer, actions, config, generator):
-    """The critic's own steps, each on 64 of the actions (as in arXiv 2009.04416).
+    """The critic's own steps, each on 64 actions of recent rollouts (cf. arXiv 2009.04416).
 
     mean ½ (v_j − γ_w^(n−j) R_n)²           over the slots j of actions of n slots
 
@@ -666,15 +669,14 @@ class LanguageAgent(nn.Module):
     def judge(self, prompts, prefixes, features=None):
         """v (R, W + 1) after each of R prompts, and after each token of R prefixes.
 
-        features: (R, W + 1, H), what the policy's LM says of them, if it was asked already;
-        a critic with its own copy asks that one.
+        features: (R, W + 1, H), what the policy's LM makes of them, if it has read them; a
+        critic with its own copy reads by itself.
         """
         if "lm" in self.critic:
             _, features = self._forward(self.critic["lm"], prompts, prefixes)
-        else:
-            if features is None:
+        elif features is None:
+            with torch.no_grad():
                 _, features = self._forward(self.lm, prompts, prefixes)
-            features = features.detach()
         return self.critic["head"](features.float()).squeeze(-1)
 
     def values(self, prompts):
@@ -697,7 +699,7 @@ class LanguageAgent(nn.Module):
         """`columns` of distinct rows that no memory holds; all have a menu, or none."""
         prefixes = [action[:-1] for action in actions]
         logits, features = self._forward(self.lm, prompts, prefixes)
-        values = self.judge(prompts, prefixes, features)                    # (R, L)
+        values = self.judge(prompts, prefixes, features.detach())           # (R, L)
         ids, mask = (x.to(logits.device) for x in pad(actions))             # (R, L)
         allowed = None
         if menus[0] is not None:
@@ -846,7 +848,7 @@ class LanguageAgent(nn.Module):
         torch.save(self.critic.state_dict(), Path(folder) / "critic.pt")
 
 
-def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens=32):
+def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head"):
     """A language agent without a download: it has learnt an environment's language only.
 
     It was trained on observations and random admissible actions, one token a word, and
@@ -854,7 +856,7 @@ def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head", max_new_tokens
     """
     lm, tokenizer = tiny_lm(env_fn, seed, pretrain_steps)
     with seeded(seed):                                          # the critic's first layer
-        return LanguageAgent(lm, tokenizer, critic, max_new_tokens)
+        return LanguageAgent(lm, tokenizer, critic)
 
 
 def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0, critic="head"):
@@ -939,7 +941,8 @@ def collect(agent, players, config, generator, episodes):
 
 
 def train(agent, env_fn, config):
-    """Train the agent in place, on environments that env_fn() makes. One seed, one run.
+    """Train the agent in place, on environments that env_fn() makes. One seed, one run (on
+    a CPU; a GPU adds up in no fixed order).
 
     Yields one dict per update: update, env_steps, episodes; return_mean (undiscounted) and
     success_rate of the last 100 episodes, with standard errors (None before one has ended);
@@ -1001,7 +1004,8 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
 
 # ------------------------------------------------- command line
 
-PRESETS = {  # where an environment needs other numbers than Config's
+PRESETS = {  # where an environment needs other settings than Config's
+    "food": dict(wording="long"),
     "lunch": dict(updates=10, n_steps=16),
     "orders": dict(updates=20, lr=1e-3),
     "scikit": dict(
@@ -1015,11 +1019,11 @@ class Options(Config):
     """The command line: a run's Config, and what else can be asked for."""
     method: str = knob("", f"some of {','.join(METHODS)}; default: all that can run")
     env: str = knob("food", f"one of {', '.join(ENVS)}")
-    wording: str = knob("", "of food: long (default) or short")
+    wording: str = knob("", "of food: long (its default here) or short")
     env_options: str = knob("", "other options of the environment, as guests=1,slots=2")
     model: str = knob("tiny", "tiny, a hub id, a folder or a .gguf file")
     train_layers: int = knob(0, "how many of its last layers learn; 0: all")
-    critic: Literal["head", "copy"] = knob("head", "reads the LM, or its own copy")
+    critic: Literal["head", "copy"] = knob("head", "reads the policy's LM, or its copy")
     device: str = knob(DEVICE, "cpu or cuda; default: the GPU if there is one")
     seeds: int = knob(1, "how many runs of each method, from --seed on")
     out: str = knob("", "JSON file for the numbers; default runs/ENV.json")
@@ -1046,16 +1050,14 @@ def parse(argv):
 def prepare(options):
     """What can be known to fail fails here, before any training. → env_fn, configs"""
     settings = {}
-    if options.wording or options.env == "food":
-        settings["wording"] = options.wording or "long"
+    if options.wording:
+        settings["wording"] = options.wording
     for pair in filter(None, options.env_options.split(",")):
         name, _, value = pair.partition("=")
-        settings[name] = int(value) if value.isdigit() else value
+        settings[name] = int(value) if value.isdecimal() else value
     env_fn = partial(make, options.env, **settings)
     _, info = env_fn().reset(seed=0)
-    able = list(METHODS)
-    if "menu" not in info:
-        able = [name for name in METHODS if name not in RESTRICTED]
+    able = [name for name in METHODS if "menu" in info or name not in RESTRICTED]
     methods = able
     if options.method:
         methods = options.method.split(",")
@@ -1063,6 +1065,7 @@ def prepare(options):
             f"learnt by {', '.join(able)} (glam and twosome need a menu)")
     require(options.seeds >= 1, f"--seeds is {options.seeds}, expected at least 1")
     require(options.eval >= 0, f"--eval is {options.eval}, expected at least 0")
+    require(options.train_layers >= 0, f"--train_layers is {options.train_layers}, below 0")
     try:
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -1136,6 +1139,9 @@ def main(argv=None):
     try:
         options = parse(argv)
         env_fn, configs = prepare(options)
+        out = Path(options.out or f"runs/{options.env}.json").with_suffix(".json")
+        for folder in (out.parent, Path(options.save)):         # Path("") is here
+            folder.mkdir(parents=True, exist_ok=True)
         if options.model == "tiny":
             torch.set_num_threads(1)                # it is too small to share
         for config in configs:
@@ -1148,8 +1154,8 @@ def main(argv=None):
                 demonstrate(agent, env_fn, config)
                 continue
             used = asdict(config) | {"lr": step_size(config, agent.lm)}
-            if config.kl_stop == torch.inf:
-                used["kl_stop"] = None                  # JSON has no infinity
+            used["critic"] = "copy" if "lm" in agent.critic else "head"
+            used = {name: None if x == torch.inf else x for name, x in used.items()}   # JSON
             record = {"config": used, "exam": None, "metrics": []}
             runs.append(record)
             run(agent, env_fn, config, record)
@@ -1162,8 +1168,6 @@ def main(argv=None):
     finally:
         runs = [record for record in runs if record["metrics"]]
         if runs:
-            out = Path(options.out or f"runs/{options.env}.json").with_suffix(".json")
-            out.parent.mkdir(parents=True, exist_ok=True)
             command = shlex.join(["python", "poad.py", *argv])
             out.write_text(json.dumps({"command": command, "runs": runs}, indent=1))
             report(runs, out.with_suffix(".png"))

@@ -1009,18 +1009,23 @@ def test_collect(cut):
 
 @WITH_BOTH_CRITICS
 @pytest.mark.parametrize("method, expected", [
-    ("poad", [2, 2, 2]), ("ntpo", [0.5, 1, 2]), ("action", [2]), ("glam", [2])])
+    ("poad", [[2, 2, 2], [-1, -1, 0]]), ("ntpo", [[0.5, 1, 2], [-0.5, -1, 0]]),
+    ("action", [[2], [-1]]), ("glam", [[2], [-1]])])
 def test_fit_critic(critic, method, expected):
-    """γ_w is 1, for naive ½; of three tokens the last one has the return 2, others 9 and 9."""
+    """γ_w is 1, for naive ½; the returns at the ends of three and of two tokens are 2 and -1."""
     agent = small_agent(critic=critic, fresh=True)
+    config = Config(method, gamma=0.5, critic_steps=60)
+    menus = [["eat now"], ["wait"]]
+    actions = agent.act(PROMPTS[:2], menus, config.policy)
+    for action, returns in zip(actions, ([9.0, 9.0, 2.0], [9.0, -1.0])):
+        action.returns = torch.tensor(returns)[-len(action.choice):]
+    optimizer = torch.optim.Adam(agent.parameters(), lr=0.02)
+    logits = agent.lm(torch.tensor([[3]])).logits
+    poad.take_step(optimizer, logits.square().sum(), config)                # gives Adam momentum
     policy = copy.deepcopy(agent.lm.state_dict())
-    config = Config(method, gamma=0.5, lam=0.5, lam_token=0.0, critic_lr=0.01, critic_steps=150)
-    [action] = agent.act(PROMPTS[:1], [["eat now"]], config.policy)
-    action.returns = torch.tensor([9.0, 9.0, 2.0])[-len(expected):]
-    optimizer = torch.optim.Adam(agent.parameters(), lr=0.01)
-    poad.fit_critic(agent, optimizer, [action], config, rng())
-    _, _, values = agent.evaluate([action], [["eat now"]], config.policy)
-    near(values, [expected], "γ_w^(n − j) R_n before every token", tol=0.05)
+    poad.fit_critic(agent, optimizer, actions, config, rng())
+    _, _, values = agent.evaluate(actions, menus, config.policy)
+    near(values * poad.written(actions), expected, "γ_w^(n − j) R_n before every token", tol=0.2)
     for name, x in agent.lm.state_dict().items():
         assert torch.equal(x, policy[name]), f"{name}: the policy must stand still"
 
@@ -1049,7 +1054,7 @@ def test_train_where_nothing_can_be_chosen(method):
 def test_train_repeats_itself():
     runs = []
     for seed in (0, 0, 1):
-        config = Config(updates=2, n_envs=2, n_steps=1, seed=seed)
+        config = Config(updates=2, n_envs=2, n_steps=1, seed=seed, critic_steps=2)
         runs.append(list(train(small_agent(), Clock, config)))
         for metrics in runs[-1]:
             metrics.pop("seconds")
@@ -1102,7 +1107,7 @@ def cli(monkeypatch, tmp_path):
     """main in an empty folder, on lunch, in small; it uses `cli.tiny_lm`, hardly pre-trained."""
     def run(typed):
         poad.main(("--env lunch --n_envs 2 --epochs 1 " + typed).split())
-    run.tiny_lm = Mock(side_effect=lambda env_fn, seed: envs.tiny_lm(env_fn, seed, 2))
+    run.tiny_lm = Mock(side_effect=lambda env_fn, seed, *_: envs.tiny_lm(env_fn, seed, 2))
     monkeypatch.setattr(poad, "tiny_lm", run.tiny_lm)
     monkeypatch.chdir(tmp_path)
     return run
@@ -1131,7 +1136,8 @@ def test_command_line(cli, tmp_path, capsys):
 @pytest.mark.parametrize("typed", [
     "--env dinner", "--wording long", "--method ppo", "--method glam --env scikit", "--colour red",
     "--updates many", "--updates 0", "--gamma 2", "--seeds 0", "--device cuda:99",
-    "--model /no/such", "--env_options guests=1", "--env_options guests", "--critic tail"])
+    "--model /no/such", "--env_options guests=1", "--env orders --env_options slots",
+    "--critic tail", "--train_layers -1", "--out .", "--out /dev/null/x", "--save /dev/null/x"])
 def test_command_line_refuses_in_one_line(cli, capsys, typed):
     with pytest.raises(SystemExit) as stop:
         cli(typed)
@@ -1147,6 +1153,8 @@ def test_command_line_builds_the_environment():
     env_fn, configs = poad.prepare(poad.parse(typed.split()))
     assert len(env_fn().menu()) == 9 and "no more" in env_fn().reset(seed=0)[0]
     assert all(config.critic_steps == 5 and config.lr == 1e-3 for config in configs)
+    env_fn, [config, *_] = poad.prepare(poad.parse(["--env_options", "item=pizza"]))
+    assert "pizza" in env_fn().reset(seed=0)[0] and config.wording == "long"
 
 
 def test_command_line_help(cli, capsys):
@@ -1169,7 +1177,9 @@ def test_command_line_keeps_what_was_measured(cli, tmp_path, monkeypatch):
 
 
 def test_command_line_saves_and_plays(cli, capsys):
-    cli("--method poad --updates 1 --n_steps 1 --train-layers 1 --save kept")
+    cli("--method poad --updates 1 --n_steps 1 --train-layers 1 --critic copy --save kept")
+    weights = torch.load("kept/poad-0/critic.pt")
+    assert any(name.startswith("lm.") for name in weights), "the critic has no copy of the LM"
     capsys.readouterr()
     cli("--method poad --model kept/poad-0 --eval 2")
     said = capsys.readouterr().out
@@ -1195,6 +1205,20 @@ def test_save_and_load(tmp_path, kind, critic):
         assert x.requires_grad == learns, f"{name}: of a copy, too, the last layer only"
 
 
+def readme_block(word):
+    """The README's Python block that has this word in it."""
+    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    [block] = [block for block in blocks if word in block]
+    return block
+
+
+def test_readme_environment_runs(cli, capsys):
+    exec(readme_block("class Guess"), {})
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    assert last.startswith("5 ")
+
+
 def test_readme_has_bad_for_verl(monkeypatch):
     """The README's module: BAD; and the numbers of verl's own GAE if γ_w = γ and λ_w = λ."""
     def masked_whiten(x, mask):  # verl's: the variance has N - 1
@@ -1204,8 +1228,7 @@ def test_readme_has_bad_for_verl(monkeypatch):
     functional = Mock(masked_whiten=masked_whiten)
     monkeypatch.setitem(sys.modules, "verl.trainer.ppo", ppo)
     monkeypatch.setitem(sys.modules, "verl.utils.torch_functional", functional)
-    blocks = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.DOTALL)
-    [code] = [block for block in blocks if "core_algos" in block]
+    code = readme_block("core_algos")
     space = {}
     exec(code, space)
     bad = ppo.core_algos.compute_gae_advantage_return
@@ -1741,7 +1764,7 @@ def test_kit_blank_takes_out_bodies_and_nothing_else(tmp_path):
         assert stub.endswith(f'pytest.skip("{name}: not written yet")')
         assert f"def test_{name}_" in tests
     assert text == text_of("poad.py")
-    assert "INSTRUCTOR" not in tests and "exact(" not in tests
+    assert "INSTRUCTOR" not in tests and "exact(" not in tests and "text_of(" not in tests
     stubs = (tmp_path / "poad.py").read_text(encoding="utf-8")
     assert judge(stubs, "bad_backup") == "Skipped: bad_backup: not written yet"
 
