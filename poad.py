@@ -1009,7 +1009,7 @@ PRESETS = {  # where an environment needs other settings than Config's
     "lunch": dict(updates=10, n_steps=16),
     "orders": dict(updates=20, lr=1e-3),
     "scikit": dict(
-        updates=12, n_envs=32, n_steps=8, lr=1e-3, entropy_coef=0.001, kl_stop=torch.inf)}
+        updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=torch.inf)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REAL = dict(epochs=4, minibatches=1)        # one minibatch: what repeats is read once
 
