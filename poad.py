@@ -13,7 +13,7 @@ with BAD: its critic, its advantages and its clipped ratio are per token.
                                     back, between actions, inside one          scalars
     Q(o,w<,w)  q                    value of writing w after the prefix w<     (S, N, V)
     v(o,w<)    values               value of an observation and a prefix       (B, N)
-    π(w|o,w<)  policy, logp         (log-)probability of a token               (B, N)
+    π(w|o,w<)  policy, logp         (log-)probability, (S, N, V) and, written, (B, N)
     Â          advantages           credit of a token                          (B, N)
 
 Capitals in shapes are sizes: B rows (environments, or written actions), N token slots of a
@@ -326,7 +326,7 @@ class Config:
     lr: float = knob(None, "Adam's step size for the LM; if not given, see `step_size`")
     critic_lr: float = knob(1e-3, "Adam's step size for the critic")
     epochs: int = knob(3, "passes over a rollout")
-    minibatches: int = knob(4, "minibatches of a pass: more of them need less memory")
+    minibatches: int = knob(4, "minibatches of a pass, one step of Adam for each")
     critic_steps: int = knob(0, "of the critic alone, after an update: `fit_critic`")
     clip: float = knob(0.2, "ε of the ratio")
     entropy_coef: float = knob(0.01, "weight of an action's entropy (nats)")
@@ -464,8 +464,8 @@ def minibatch_loss(agent, batch, config):
 def ppo_update(agent, optimizer, rollout, config, generator):
     """One PPO update on what `collect` returned; returns diagnostics.
 
-    "kl" is the last minibatch's: how far the update has moved the policy. A minibatch above
-    `kl_stop` is reported, and takes no step.
+    "kl" is the last minibatch's: what earlier steps moved. A minibatch above `kl_stop`
+    is reported and ends the update.
     """
     actions, last_values = rollout
     credit(actions, last_values, config)
@@ -496,9 +496,8 @@ def fit_critic(agent, optimizer, actions, config, generator):
 
     mean ½ (v_j − γ_w^(n−j) R_n)²           over the slots j of actions of n slots
 
-    R_n is the return at an action's end: the critic learns what came of an action in the
-    end, also where λ_w < 1 lets advantages rely on what it says half way. The policy does
-    not move.
+    R_n is the λ-return at an action's end, as credited after its own rollout, also where
+    λ_w < 1 lets advantages rely on what the critic says half way. The policy does not move.
     """
     gamma_token, _ = inside(config)
     for _ in range(config.critic_steps):
