@@ -26,13 +26,12 @@ import shlex
 import sys
 import time
 from collections import deque
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
-from inspect import signature
 from itertools import chain
 from pathlib import Path
 from statistics import mean, pstdev, stdev
-from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -187,10 +186,7 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
     δ_n = r_n + γ_n v_{n+1} − v_n     Â_n = δ_n + γ_n λ_n Â_{n+1}     returns_n = Â_n + v_n
 
     v_{n+1} is the value of the next *written* token: a masked slot passes on what follows
-    it, and may hold anything. At γ_w = λ_w = 1 an action's first token gets action-level
-    GAE(λ); with λ = .95 at every token (the paper's code) only .95⁴ = .81 of the δ at the
-    end of five tokens reaches the first. A time limit is no termination: the caller gives
-    it as reward r_n + γ v(o_next) with discount 0.
+    it, and may hold anything.
     rewards, values, discounts, mask: (B, N); lambdas: a scalar or (B, N); last_values (B,):
     what follows a row's last written token. → advantages, returns (B, N), 0 where masked.
     >>> one = torch.ones(1, 3)          # an action of three tokens, reward 1 at its end
@@ -247,6 +243,8 @@ def normalize(x, mask):
     >>> normalize(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
     tensor([-1.,  1.,  0.])
     """
+    [entries] = selected(mask, x=x)
+    x = x - entries[0]                          # so that equal entries are 0 exactly
     centred = torch.where(mask.bool(), x - masked_mean(x, mask), 0)
     deviation = masked_mean(centred**2, mask).sqrt()
     return centred / (deviation + 1e-8)
@@ -277,34 +275,57 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     return -objective.mean(), info
 
 
-def value_loss(values, old_values, returns, mask, clip=None):
-    """Half the squared error of v against returns R; with a clip, not below that of a v
-    that stays within ±ε of v_old.
+def value_loss(values, returns, mask):
+    """Half the squared error of v against returns R, a mean over real slots.
 
-    mean ½ (v − R)²    or    mean ½ max( (v − R)², (v_old + clamp(v − v_old, −ε, ε) − R)² )
+    mean ½ (v − R)²
 
-    values, old_values, returns, mask: (B, N); clip: ε in units of v, or None. → scalar
+    values, returns, mask: (B, N). → scalar
     >>> one = torch.ones(1, 1)
-    >>> value_loss(3 * one, 0 * one, one, one).item()                      # ½ (3 − 1)²
+    >>> value_loss(3 * one, one, one).item()                               # ½ (3 − 1)²
     2.0
     """
-    values, old_values, returns = selected(
-        mask, values=values, old_values=old_values, returns=returns)
-    error = (values - returns) ** 2
-    if clip is not None:
-        clipped = old_values + (values - old_values).clamp(-clip, clip)
-        error = torch.maximum(error, (clipped - returns) ** 2)
-    return error.mean() / 2
+    values, returns = selected(mask, values=values, returns=returns)
+    return ((values - returns) ** 2).mean() / 2
 
 
 # ------------------------------------------------- the methods and their update
 
-METHODS = {  # policy: who samples ("token": a credit a token, others: one an action)
-    "glam": dict(policy="glam", lr=3e-4, color="tab:purple"),
-    "twosome": dict(policy="twosome", lr=3e-3, color="tab:green"),
-    "action": dict(policy="action", lr=3e-4, color="tab:orange"),
-    "ntpo": dict(policy="token", lr=3e-4, color="tab:red"),
-    "poad": dict(policy="token", lr=3e-4, color="tab:blue")}
+
+@dataclass
+class Action:
+    """One written action, in slots: its tokens, or (all policies but "token") the whole.
+
+    The menu is "eat it", "eat pizza", written is "eat it": three tokens, of which only
+    the second could have been another.
+
+        policy     ids              choice                   logp
+        "token"    (eat, it, eos)   (False, True, False)     (0, log ½, 0)
+        "action"   (eat, it, eos)   (True,)                  (log ½,)
+    """
+    prompt: str                     # what was read
+    menu: object                    # the `Menu` it was chosen from; None: free text
+    text: str                       # for the environment
+    ids: tuple                      # its L tokens, the last one eos (or free text's limit)
+    choice: torch.Tensor            # (slots,) True where two or more tokens were possible
+    logp: torch.Tensor = None       # (slots,) under the distribution that sampled
+    entropy: torch.Tensor = None    # (slots,) of that ("action": Σ over its tokens)
+    reward: float = 0.0
+    done: bool = False              # nothing of its episode follows in the rollout
+    after: str = None               # what would be read next, where it was cut short
+    outcome: float = None           # G, its λ-return: see `measure_trust`
+    advantages: torch.Tensor = None         # (slots,) see `credit`
+
+
+METHODS = {
+    # who samples: "token" is credited by the token, the others by the whole action
+    # γ_w, λ_w inside an action: a number, or what stands for it in `inside`
+    # lr: Adam's step size for the LM; the last column is for pictures
+    "glam": dict(policy="glam", inside=(1, 1), lr=1e-4, color="tab:purple"),
+    "twosome": dict(policy="twosome", inside=(1, 1), lr=1e-3, color="tab:green"),
+    "action": dict(policy="action", inside=(1, 1), lr=1e-3, color="tab:orange"),
+    "ntpo": dict(policy="token", inside=("γ", "λ"), lr=1e-3, color="tab:red"),
+    "poad": dict(policy="token", inside=(1, "1 − trust"), lr=1e-3, color="tab:blue")}
 
 
 def knob(default, help):
@@ -315,48 +336,60 @@ def knob(default, help):
 class Config:
     """Every knob of a run; its meaning, and its unit, is what `--help` shows."""
     method: str = knob("poad", "a row of METHODS")
-    updates: int = knob(24, "rollouts, each followed by one PPO update")
-    seed: int = knob(0, "of environments, sampling and minibatches")
+    updates: int = knob(16, "rollouts, each followed by one update; 0: only the exam")
+    seed: int = knob(0, "of the tiny LM, environments, sampling and minibatches")
     n_envs: int = knob(16, "B, environments side by side")
     n_steps: int = knob(32, "T, actions in each of them per update")
     gamma: float = knob(0.95, "γ, discount between actions")
     lam: float = knob(0.95, "λ of GAE between actions")
-    gamma_token: float = knob(None, "γ_w inside an action; if not given 1, for ntpo gamma")
-    lam_token: float = knob(None, "λ_w inside an action; if not given 1, for ntpo lam")
-    lr: float = knob(None, "Adam's step size for the LM; if not given, see `step_size`")
+    gamma_token: float = knob(None, "γ_w inside an action; if not given 1, for ntpo γ")
+    lam_token: float = knob(None, "λ_w inside an action; if not given 1 minus the measured "
+                            "trust in the critic, for ntpo λ")
+    lr: float = knob(None, "Adam's step size for the LM; if not given, see METHODS")
     critic_lr: float = knob(1e-3, "Adam's step size for the critic")
+    critic_steps: int = knob(100, "steps of the critic, on 64 actions each, per update")
     epochs: int = knob(3, "passes over a rollout")
     minibatches: int = knob(4, "minibatches of a pass, one step of Adam for each")
-    critic_steps: int = knob(0, "of the critic alone, after an update: `fit_critic`")
     clip: float = knob(0.2, "ε of the ratio")
     entropy_coef: float = knob(0.01, "weight of an action's entropy (nats)")
     kl_stop: float = knob(0.1, "KL of an action (nats) that ends an update; inf: never")
     max_grad_norm: float = knob(0.5, "gradient clipping, LM and critic each for itself")
 
+    def __post_init__(self):
+        require(self.method in METHODS, f"{self.method!r} is no method of {list(METHODS)}")
+        for name in ("n_envs", "n_steps", "epochs", "minibatches"):
+            x = getattr(self, name)
+            require(isinstance(x, int) and x >= 1, f"{name} is {x}, not a whole number ≥ 1")
+        for name in ("gamma", "lam", "gamma_token", "lam_token"):
+            x = getattr(self, name)
+            require(x is None or 0 <= x <= 1, f"{name} is {x}, not from 0 to 1")
+        for name in ("updates", "lr", "critic_lr", "critic_steps", "clip", "entropy_coef",
+                     "kl_stop", "max_grad_norm"):
+            x = getattr(self, name)
+            require(x is None or x >= 0, f"{name} is {x}, below 0")
+        actions = self.n_envs * self.n_steps
+        require(self.minibatches <= actions,
+                f"{actions} actions cannot be split into {self.minibatches} minibatches")
+
     @property
     def policy(self):
         return METHODS[self.method]["policy"]
 
-    def __post_init__(self):
-        require(self.method in METHODS, f"{self.method!r} is no method of {list(METHODS)}")
-        for option in fields(Config):
-            x = getattr(self, option.name)
-            if option.type is int and option.name != "seed":
-                least = 0 if option.name == "critic_steps" else 1
-                require(isinstance(x, int) and x >= least,
-                        f"{option.name} is {x}, not a whole number ≥ {least}")
-            if option.type is float and x is not None:
-                most = 1 if option.name.startswith(("gamma", "lam")) else torch.inf
-                require(0 <= x <= most, f"{option.name} is {x}, not from 0 to {most}")
+    @property
+    def step_size(self):
+        if self.lr is None:
+            return METHODS[self.method]["lr"]
+        return self.lr
 
 
-def inside(config):
-    """γ_w and λ_w: as given, else 1, 1; for ntpo, where every token is a step, γ, λ."""
-    gamma_token = 1.0
-    lam_token = 1.0
-    if config.method == "ntpo":
-        gamma_token = config.gamma
-        lam_token = config.lam
+def inside(config, trust=0.0):
+    """γ_w and λ_w: what was given, else what the method's row says.
+
+    Trust in the critic is from 0 to 1: λ_w = 1 never takes its word for how an action will
+    end, λ_w = 0 always does.
+    """
+    meaning = {1: 1.0, "γ": config.gamma, "λ": config.lam, "1 − trust": 1.0 - trust}
+    gamma_token, lam_token = (meaning[x] for x in METHODS[config.method]["inside"])
     if config.gamma_token is not None:
         gamma_token = config.gamma_token
     if config.lam_token is not None:
@@ -364,29 +397,20 @@ def inside(config):
     return gamma_token, lam_token
 
 
-def step_size(config, lm):
-    """Adam's step size for the LM: as given, else the method's; for a real LM a sixth.
-
-    Real: more than 10⁷ weights. The sixth was found with SmolLM2-135M's last four layers.
-    """
-    if config.lr is not None:
-        return config.lr
-    if lm.num_parameters() > 1e7:
-        return METHODS[config.method]["lr"] / 6
-    return METHODS[config.method]["lr"]
-
-
-def assign(config, mask, values, rewards, done, last_values):
+def assign(config, mask, values, rewards, done, last_values, trust=0.0):
     """Credit for a rollout: advantages and returns of every slot, (B·T, L) each.
 
     at the last written slot of action t:   r_n = r_t,  γ_n = γ (0 if done),  λ_n = λ
     at its other slots:                     r_n = 0,    γ_n = γ_w,            λ_n = λ_w
 
     Then the T actions of an environment, one after the other, are one row (T·L slots) for
-    `gae`. mask, values: (B·T, L), environment b's action t in row b·T + t; rewards, done:
-    (B, T) or (B·T,); last_values: (B,), v after each environment's last action.
+    `gae`. At γ_w = λ_w = 1 an action's first token gets action-level GAE(λ); with λ = .95
+    at every token (the paper's code) only .95⁴ = .81 of the δ at the end of five tokens
+    reaches the first.
+    mask, values: (B·T, L), environment b's action t in row b·T + t; rewards, done: (B, T)
+    or (B·T,); last_values: (B,), v after each environment's last action; trust: `inside`.
     """
-    gamma_token, lam_token = inside(config)
+    gamma_token, lam_token = inside(config, trust)
     mask = mask.bool()
     end = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))              # (B·T, L)
     reward = end * rewards.reshape(-1, 1)
@@ -417,73 +441,130 @@ def fill(actions, **columns):
             setattr(action, name, row[:len(action.choice)])
 
 
-def credit(actions, last_values, config):
-    """Write advantages, normalised over choices, and returns into the actions of a rollout.
+def judge(agent, actions):
+    """The critic's v(o, w<ʲ) before every slot of B written actions, (B, L).
+
+    A whole action is one slot, and before it nothing is written: v(o).
+    """
+    prompts = [action.prompt for action in actions]
+    prefixes = [action.ids[:len(action.choice) - 1] for action in actions]
+    return agent.judge(prompts, prefixes)
+
+
+def assign_rollout(agent, actions, mask, values, config, trust=0.0):
+    """`assign` for the actions of a rollout. An episode that was cut was not over: its last
+    reward gets γ v(o_next) more."""
+    rewards = torch.tensor([action.reward for action in actions])           # (B·T,)
+    cut = [i for i, action in enumerate(actions) if action.after is not None]
+    if cut:
+        rewards[cut] += config.gamma * agent.values([actions[i].after for i in cut])
+    done = torch.tensor([action.done for action in actions])
+    nothing = torch.zeros(config.n_envs)                    # follows an environment's last
+    return assign(config, mask, values, rewards, done, nothing, trust)
+
+
+@torch.no_grad()
+def measure_trust(agent, actions, config):
+    """How well the critic knows a rollout it has not been fitted on, from 0 to 1.
+
+    R² = 1 − Σ (G − v(o, w<ⁿ))² / Σ (G − v(o))²          trust = max(0, R²)
+
+    It is the share of what o left open about the outcome G that the sentence has told the
+    critic. G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1) is the λ-return between actions; it
+    is written into the actions.
+    """
+    values = judge(agent, actions)                                          # (B·T, L)
+    before = values[:, :1]                                                  # v(o)
+    last = written(actions).sum(1, keepdim=True) - 1
+    after = values.gather(1, last)                                          # v(o, w<ⁿ)
+    whole = torch.ones_like(before)                         # an action is one slot
+    _, outcomes = assign_rollout(agent, actions, whole, before, config)     # (B·T, 1)
+    for action, outcome in zip(actions, outcomes[:, 0].tolist()):
+        action.outcome = outcome
+    left = ((outcomes - after)**2).sum()
+    open_before = ((outcomes - before)**2).sum() + 1e-8
+    return max(0.0, (1 - left / open_before).item())
+
+
+def fit_critic(agent, optimizer, actions, config, generator):
+    """Train the critic, each step on 64 actions of recent rollouts. → the last loss
+
+    mean ½ (v(o, w<ʲ) − γ_w^(n−j) G)²       over the slots j of actions of n slots
+    """
+    gamma_token, _ = inside(config)
+    loss = torch.tensor(0.0)
+    for _ in range(config.critic_steps):
+        picks = torch.randint(len(actions), (64,), generator=generator)
+        batch = [actions[i] for i in picks]
+        mask = written(batch)
+        to_come = mask.sum(1, keepdim=True) - mask.cumsum(1)                # n − j
+        outcomes = torch.tensor([[action.outcome] for action in batch])     # (64, 1)
+        loss = value_loss(judge(agent, batch), gamma_token**to_come * outcomes, mask)
+        take_step(optimizer, loss, config)
+    return loss.item()
+
+
+@torch.no_grad()
+def credit(agent, actions, config, trust):
+    """Write advantages, normalised over choices, into the actions of a rollout.
 
     A forced token, such as the last word of most menu entries, is no choice. It has a value
     and takes part in GAE, but log π = 0 whatever the weights: its advantage moves nothing.
     """
-    rewards = last_values.new_tensor([action.reward for action in actions])
-    done = last_values.new_tensor([action.done for action in actions])
-    values = column(actions, "values")
+    values = judge(agent, actions)                                          # (B·T, L)
+    advantages, _ = assign_rollout(
+        agent, actions, written(actions), values, config, trust)
     choice = column(actions, "choice")
-    advantages, returns = assign(
-        config, written(actions), values, rewards, done, last_values)
     if choice.any():
         advantages = normalize(advantages, choice)
-    fill(actions, advantages=advantages, returns=returns)
+    fill(actions, advantages=advantages)
 
 
 def minibatch_loss(agent, batch, config):
-    """The loss of a minibatch of written actions. → loss, diagnostics
+    """The policy's loss on a minibatch of written actions. → loss, diagnostics
 
     loss = Σ_choices PPO loss − entropy_coef · Σ_choices entropy     (averaged over actions)
-           + the critic's loss                                       (averaged over slots)
 
-    The unit of policy loss, entropy and KL is the action, whatever its length: the mean
-    over choices times the choices per action is the sum over an action's choices.
+    The unit of loss, entropy and KL is the action, whatever its length: the mean over
+    choices times the choices per action is the sum over an action's choices.
     """
-    menus = [action.menu for action in batch]
-    logp, entropy, values = agent.evaluate(batch, menus, config.policy)     # (B, L)
-    mask = written(batch)
+    logp, entropy = agent.evaluate(batch, config.policy)                    # (B, L)
     choice = column(batch, "choice")
-    if not choice.any():
-        choice = mask                       # all forced: log π = 0 teaches nothing, v does
     policy_loss, info = ppo_policy_loss(
         logp, column(batch, "logp"), column(batch, "advantages"), choice, config.clip)
-    critic_loss = value_loss(
-        values, column(batch, "values"), column(batch, "returns"), mask)
     choices_per_action = choice.sum() / len(batch)
     entropy = entropy.sum(1).mean()
-    loss = choices_per_action * policy_loss - config.entropy_coef * entropy + critic_loss
+    loss = choices_per_action * policy_loss - config.entropy_coef * entropy
+    require(loss.isfinite(), f"the policy's loss is {loss.item()}: see rewards, step size, "
+            "and the LM's precision")
     info["kl"] = choices_per_action * info["kl"]
-    info |= {"entropy": entropy, "value_loss": critic_loss}
+    info["entropy"] = entropy
     return loss, {name: x.item() for name, x in info.items()}
 
 
-def ppo_update(agent, optimizer, rollout, config, generator):
-    """One PPO update on what `collect` returned; returns diagnostics.
+def ppo_update(agent, optimizer, actions, config, generator):
+    """One PPO update of the policy on credited actions; returns diagnostics.
 
-    "kl" is the last minibatch's: what earlier steps moved. A minibatch above `kl_stop`
-    is reported and ends the update.
+    A minibatch whose KL is above `kl_stop` is reported, and ends the update.
     """
-    actions, last_values = rollout
-    credit(actions, last_values, config)
+    actions = [action for action in actions if action.choice.any()]     # others teach nothing
     seen = []
     for _ in range(config.epochs):
         order = torch.randperm(len(actions), generator=generator)
-        for indices in order.chunk(config.minibatches):
+        for indices in order.tensor_split(config.minibatches):
+            if len(indices) == 0:
+                continue
             loss, info = minibatch_loss(agent, [actions[i] for i in indices], config)
             assert seen or info["kl"] < 1e-5, "the policy that is trained did not sample"
             seen.append(info)
             if info["kl"] > config.kl_stop:
-                return diagnostics(actions, seen)
+                return diagnostics(seen) | {"stopped": True}
             take_step(optimizer, loss, config)
-    return diagnostics(actions, seen)
+    return diagnostics(seen) | {"stopped": False}
 
 
 def take_step(optimizer, loss, config):
-    """One step of Adam down the gradient, clipped for LM and critic each for itself."""
+    """One step of Adam down the gradient, which is clipped to a norm."""
     optimizer.zero_grad()
     loss.backward()
     for group in optimizer.param_groups:
@@ -491,34 +572,15 @@ def take_step(optimizer, loss, config):
     optimizer.step()
 
 
-def fit_critic(agent, optimizer, actions, config, generator):
-    """The critic's own steps, each on 64 actions of recent rollouts (cf. arXiv 2009.04416).
-
-    mean ½ (v_j − γ_w^(n−j) R_n)²           over the slots j of actions of n slots
-
-    R_n is the λ-return at an action's end, as credited after its own rollout, also where
-    λ_w < 1 lets advantages rely on what the critic says half way. The policy does not move.
-    """
-    gamma_token, _ = inside(config)
-    for _ in range(config.critic_steps):
-        picks = torch.randint(len(actions), (64,), generator=generator)
-        batch = [actions[i] for i in picks]
-        prompts = [action.prompt for action in batch]
-        prefixes = [action.ids[:len(action.choice) - 1] for action in batch]
-        values = agent.judge(prompts, prefixes)                             # (64, L)
-        mask = written(batch)
-        to_come = mask.sum(1, keepdim=True) - mask.cumsum(1)                # n − j
-        ends = torch.stack([action.returns[-1:] for action in batch])       # (64, 1)
-        returns = gamma_token**to_come * ends
-        loss = value_loss(values, column(batch, "values"), returns, mask)
-        take_step(optimizer, loss, config)
-
-
-def diagnostics(actions, seen):
-    """Means over an update's minibatches (of kl: the last), their number, tokens."""
-    means = {name: mean(info[name] for info in seen) for name in seen[0]}
-    tokens = sum(len(action.ids) for action in actions)
-    return means | {"kl": seen[-1]["kl"], "minibatches": len(seen), "tokens": tokens}
+def diagnostics(seen):
+    """Means over an update's minibatches, of "kl" the last; and their number."""
+    means = {"clip_fraction": 0.0, "entropy": 0.0, "kl": 0.0}          # if all was forced
+    for name in means:
+        if seen:
+            means[name] = mean(info[name] for info in seen)
+    if seen:
+        means["kl"] = seen[-1]["kl"]
+    return means | {"minibatches": len(seen)}
 
 
 # ------------------------------------------------- language agent
@@ -527,52 +589,49 @@ RESTRICTED = ("glam", "twosome")                    # policies that score a menu
 POLICIES = ("token", "action", *RESTRICTED)
 
 
-@dataclass
-class Action:
-    """One written action; a slot is a token, or for all policies but "token" the action."""
-    prompt: str
-    menu: tuple                 # the admissible texts, or None: free text
-    text: str                   # for the environment
-    ids: tuple                  # its L tokens, the last one eos (or free text's limit)
-    choice: torch.Tensor        # (slots,) True where two or more possibilities were open
-    logp: torch.Tensor = None               # (slots,) under the distribution that sampled
-    entropy: torch.Tensor = None            # (slots,) of that ("action": Σ over its tokens)
-    values: torch.Tensor = None             # (slots,) v before the slot
-    reward: float = 0.0
-    done: bool = False                      # the episode ended with this action
-    advantages: torch.Tensor = None         # (slots,) see `credit`
-    returns: torch.Tensor = None            # (slots,)
+@lru_cache(maxsize=100_000)
+def encode(tokenizer, text):
+    """The token ids of a text to be continued: special tokens once, and no eos at the end."""
+    bos = tokenizer.bos_token
+    brings_bos = bos is not None and text.startswith(bos)       # as chat templates do
+    ids = tokenizer(text, add_special_tokens=not brings_bos).input_ids
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        ids.pop()
+    require(ids, f"the tokenizer makes no token of {text!r}")
+    return tuple(ids)
 
 
-@dataclass(frozen=True, eq=False)               # hashed by identity: a key of `memory`
+@dataclass(frozen=True, eq=False)               # hashed by identity
 class Menu:
-    """A menu as token sequences, eos included, and as their trie."""
+    """What may be said after a prompt, as token sequences, eos included, and their trie."""
     texts: tuple                # A strings
     entries: list               # A tuples of token ids
     trie: dict                  # prefix → the tokens with which some entry goes on
 
 
 @lru_cache(maxsize=10_000)
-def encode_menu(tokenizer, texts):
-    """The Menu of a tuple of strings; ValueError if it is empty or says something twice."""
+def encode_menu(tokenizer, prompt, texts):
+    """The Menu of a tuple of strings after a prompt; ValueError if it is none.
+
+    An entry's tokens are those that the tokenizer adds to the prompt's when it reads both
+    as one text, with a space between them unless the prompt ends in white space.
+    """
     require(texts, "the menu is empty: at least one action is expected")
+    start = encode(tokenizer, prompt)
+    gap = " " * (not prompt[-1].isspace())
     entries = []
     trie = {}
     for text in texts:
-        ids = tokenizer(" " + text, add_special_tokens=False).input_ids     # after a prompt
-        entry = (*ids, tokenizer.eos_token_id)
-        require(ids and entry not in entries, f"{text!r} is empty or twice in {texts}")
+        ids = encode(tokenizer, prompt + gap + text)
+        require(ids[:len(start)] == start, f"to the tokenizer the end of {prompt!r} and the "
+                f"beginning of {text!r} are one token: end the prompt with a word")
+        entry = (*ids[len(start):], tokenizer.eos_token_id)
+        require(len(entry) > 1 and entry not in entries,
+                f"{text!r} is empty, or the tokenizer cannot tell it from another of {texts}")
         entries.append(entry)
         for j, token in enumerate(entry):
             trie.setdefault(entry[:j], {})[token] = True
     return Menu(texts, entries, trie)
-
-
-def choices(menu, action):
-    """Whether two or more tokens may come next, before each token of an action."""
-    if menu is None:
-        return [True] * len(action)
-    return [len(menu.trie[action[:j]]) > 1 for j in range(len(action))]
 
 
 def menu_logp(logits, allowed):
@@ -584,9 +643,10 @@ def menu_logp(logits, allowed):
     >>> menu_logp(torch.tensor([0.0, 0.0, 5.0]), torch.tensor([True, True, False])).exp()
     tensor([0.5000, 0.5000, 0.0000])
     """
+    logits = logits.float()
     if allowed is not None:
         logits = logits.masked_fill(~allowed.bool(), -torch.inf)
-    return logits.float().log_softmax(-1)
+    return logits.log_softmax(-1)
 
 
 def entropy_of(log_pi):
@@ -594,179 +654,233 @@ def entropy_of(log_pi):
     return -(log_pi.exp() * log_pi.masked_fill(log_pi.isneginf(), 0)).sum(-1)
 
 
-def pad(rows):
-    """R tuples of token ids → one tensor (R, L), and its mask, 1 on tokens."""
+def pad(rows, side="right"):
+    """R tuples of token ids → one tensor (R, L), and its mask, True on tokens."""
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-    mask = [torch.ones_like(row) for row in rows]
-    return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
+    ids = pad_sequence(rows, True, -1, side)
+    return ids.clamp(min=0), ids >= 0
 
 
 class LanguageAgent(nn.Module):
-    """A transformers causal LM, with its tokenizer, that writes actions, and their critic.
+    """A transformers causal LM, with its tokenizer, that writes actions; and their critic.
 
-    The critic is v(o, w<ʲ) before each token: "head", an MLP that reads the LM's features
-    and does not train them, or "copy", an MLP on its own copy of the LM, which it trains.
+    The critic v(o, w<ʲ) is a linear head on its own copy of the LM's body. Who calls whom:
+    act → score (of every entry of the menus) → slots → _read, to choose; act → evaluate →
+    slots, to record; judge → _read. What they return lies on the CPU.
     """
 
-    def __init__(self, lm, tokenizer, critic="head", max_new_tokens=32):
+    def __init__(self, lm, tokenizer, max_new_tokens=32):
         super().__init__()
-        require(critic in ("head", "copy"), f"critic is {critic!r}, not 'head' or 'copy'")
         require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, not ≥ 1")
         self.eos = tokenizer.eos_token_id
         require(self.eos is not None, "the tokenizer has no eos token to end an action")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        tokenizer.padding_side = "left"             # of prompts only
         self.lm = lm
         self.tokenizer = tokenizer
+        self.memory = None                                  # see `standing_still`
         lm.generation_config = GenerationConfig(            # no habits of a checkpoint
             do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
             max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos)
-        head = nn.Sequential(
-            nn.Linear(lm.config.hidden_size, 128), nn.Tanh(), nn.Linear(128, 1))
-        for weights in head[-1].parameters():
-            nn.init.zeros_(weights)                         # v = 0 before the first reward
-        self.critic = nn.ModuleDict({"head": head.to(lm.device)})
-        if critic == "copy":
-            self.critic["lm"] = copy.deepcopy(lm)
+        self.body = copy.deepcopy(lm.base_model)            # frozen layers stay frozen
         self.eval()
+        self.head = nn.Linear(self._test(), 1, device=lm.device)
+        for weights in self.head.parameters():
+            nn.init.zeros_(weights)                         # v = 0 before the first reward
 
     def train(self, mode=True):
         """In either mode no dropout: the policy that is trained is the one that sampled."""
         return super().train(False)
 
-    def _tokenize(self, prompts):
-        """Ids and mask of prompts, (B, P) each."""
-        out = self.tokenizer(prompts, padding=True, return_tensors="pt").to(self.lm.device)
-        return out.input_ids, out.attention_mask
+    @torch.no_grad()
+    def _test(self):
+        """Find a way to read that gives what one plain forward a prefix gives, or ValueError.
 
-    def _forward(self, lm, prompts, prefixes):
-        """What an LM says after each of R prompts, and after each token of R prefixes.
-
-        → logits (R, W + 1, V), features (R, W + 1, H), W the longest prefix's length. Each
-        of U distinct prompts is read once, up to its last token. Then its cache is copied
-        to its rows, and each row reads that last token and its prefix.
+        → H, the size of the body's features.
         """
-        distinct = list(dict.fromkeys(prompts))
-        owner = torch.tensor([distinct.index(x) for x in prompts], device=lm.device)
-        ids, mask = self._tokenize(distinct)                # (U, P), padded on the left
+        rows = [((1, 2, 3), (4, 5)), ((6,), (2, 1)), ((1, 2, 3), (7, 4))]
+        expected = []
+        for prompt, prefix in rows:
+            for j in range(3):
+                ids = torch.tensor([prompt + prefix[:j]], device=self.lm.device)
+                expected.append(self.lm(input_ids=ids).logits[0, -1])
+        expected = torch.stack(expected)                                    # (9, V)
+        for self.shares_prompts in (True, False):
+            try:
+                error = self._read(self.lm, rows).flatten(0, 1) - expected
+            except Exception:                               # a model may fail in any way
+                continue
+            if error.abs().max() < 0.02 * expected.std():
+                return self._read(self.body, rows).shape[-1]
+        raise ValueError(f"{type(self.lm).__name__} is no causal language model: what it "
+                         "says after some tokens depends on what follows them")
+
+    def _read(self, model, rows):
+        """What a model says after each of R prompts, and after each token of R prefixes.
+
+        rows: pairs of token tuples, prompt and prefix. → (R, W + 1, V) logits of the LM, or
+        (R, W + 1, H) features of a body; W is the longest prefix's length. Plainly: prompt
+        and prefix are one row, padded on its right, where a causal LM does not look.
+        """
+        self._check_length(rows)
+        prompts = list(dict.fromkeys(prompt for prompt, _ in rows))
+        repeat = len(prompts) < len(rows) and max(map(len, prompts)) > 1
+        if self.shares_prompts and repeat:
+            return self._read_shared(model, prompts, rows)
+        ids, _ = pad([prompt + prefix for prompt, prefix in rows])          # (R, P + W)
+        out = model(input_ids=ids.to(model.device))[0]                      # (R, P + W, ·)
+        last = torch.tensor([[len(prompt) - 1] for prompt, _ in rows])      # (R, 1)
+        width = max(len(prefix) for _, prefix in rows) + 1
+        places = (last + torch.arange(width)).clamp(max=ids.shape[1] - 1)
+        return out[torch.arange(len(rows))[:, None], places]                # (R, W + 1, ·)
+
+    def _read_shared(self, model, prompts, rows):
+        """`_read` where prompts repeat: each of U is read once, up to its last token.
+
+        Then its cache is copied to its rows, and each reads that last token and its prefix.
+        """
+        number = {prompt: u for u, prompt in enumerate(prompts)}
+        owner = torch.tensor([number[prompt] for prompt, _ in rows])
+        more, real = pad([prefix for _, prefix in rows])                    # (R, W)
+        ids, mask = pad(prompts, "left")                                    # (U, P)
+        whole = torch.cat([mask[owner], real], 1)                           # (R, P + W)
+        new = torch.cat([ids[owner, -1:], more], 1)                         # (R, 1 + W)
+        cache = DynamicCache(config=model.config)
+        self._step(model.base_model, ids[:, :-1], mask[:, :-1], cache)
+        cache.batch_select_indices(owner.to(model.device))
+        return self._step(model, new, whole, cache)                         # (R, W + 1, ·)
+
+    def _step(self, model, ids, mask, cache):
+        """What a model says to the last tokens of rows; the cache knows those before them."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)       # do not count the padding
-        cache = DynamicCache(config=lm.config)
-        renamed = "cache" in signature(lm.forward).parameters   # since transformers 5.24
-        read = partial(lm, **{"cache" if renamed else "past_key_values": cache})
-        if ids.shape[1] > 1:
-            read(input_ids=ids[:, :-1], attention_mask=mask[:, :-1],
-                 position_ids=positions[:, :-1], logits_to_keep=1)
-            cache.batch_select_indices(owner)
-        more, real = (x.to(lm.device) for x in pad(prefixes))               # (R, W)
-        ids = torch.cat([ids[owner, -1:], more], 1)                         # (R, 1 + W)
-        mask = torch.cat([mask[owner], real], 1)                            # (R, P + W)
-        positions = (mask.cumsum(1) - 1)[:, -ids.shape[1]:]
-        out = read(input_ids=ids, attention_mask=mask, position_ids=positions,
-                   output_hidden_states=True)
-        return out.logits, out.hidden_states[-1]
+        positions = positions[:, -ids.shape[1]:]
+        ids, mask, positions = (x.to(model.device) for x in (ids, mask, positions))
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache)[0]
 
-    def judge(self, prompts, prefixes, features=None):
-        """v (R, W + 1) after each of R prompts, and after each token of R prefixes.
+    def _check_length(self, rows):
+        """ValueError if a prompt with what follows it is longer than the LM's positions."""
+        limit = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+        longest = max(len(prompt) + len(more) for prompt, more in rows)
+        require(limit is None or longest <= limit,
+                f"a prompt and its action are {longest} tokens, the LM reads at most {limit}")
 
-        features: (R, W + 1, H), what the policy's LM makes of them, if it has read them; a
-        critic with its own copy reads by itself.
-        """
-        if "lm" in self.critic:
-            _, features = self._forward(self.critic["lm"], prompts, prefixes)
-        elif features is None:
-            with torch.no_grad():
-                _, features = self._forward(self.lm, prompts, prefixes)
-        return self.critic["head"](features.float()).squeeze(-1)
+    def judge(self, prompts, prefixes):
+        """v (B, W + 1) after each of B prompts, and after each token of B prefixes."""
+        prompts = [encode(self.tokenizer, prompt) for prompt in prompts]
+        rows = list(zip(prompts, prefixes))
+        number = {row: r for r, row in enumerate(dict.fromkeys(rows))}      # equal rows once
+        features = self._read(self.body, list(number))
+        values = self.head(features.float()).squeeze(-1).cpu()
+        return values[[number[row] for row in rows]]
 
     def values(self, prompts):
         """v(o), before any token is written: B strings → (B,)."""
         return self.judge(prompts, [()] * len(prompts))[:, 0]
 
-    def columns(self, rows, memory):
-        """log π, entropy and v before every token of written actions: (L, 3) tensors.
+    @contextmanager
+    def standing_still(self):
+        """Inside, no weight changes, and nothing is read twice."""
+        self.memory = {}
+        try:
+            yield
+        finally:
+            self.memory = None
 
-        rows: (prompt, Menu or None, token ids); with a menu the ids are one of its entries.
-        What the dictionary `memory` holds is not read again, so it may live as long as the
-        weights stand still: one call while training, a whole rollout while playing.
+    def slots(self, rows):
+        """log π and entropy of every token of written actions: a tensor (L, 2) for each.
+
+        rows: (prompt, Menu or None, token ids); with a Menu the ids are one of its entries.
         """
-        new = [row for row in dict.fromkeys(rows) if row not in memory]
-        if new:
-            memory.update(zip(new, self._compute(*zip(*new))))
-        return [memory[row] for row in rows]
+        known = {}
+        if self.memory is not None:
+            known = self.memory
+        new = [row for row in dict.fromkeys(rows) if row not in known]
+        for start in range(0, len(new), 256):               # large menus in parts
+            part = new[start:start + 256]
+            known.update(zip(part, self._slots(part)))
+        return [known[row] for row in rows]
 
-    def _compute(self, prompts, menus, actions):
-        """`columns` of distinct rows that no memory holds; all have a menu, or none."""
-        prefixes = [action[:-1] for action in actions]
-        logits, features = self._forward(self.lm, prompts, prefixes)
-        values = self.judge(prompts, prefixes, features.detach())           # (R, L)
-        ids, mask = (x.to(logits.device) for x in pad(actions))             # (R, L)
+    def _slots(self, rows):
+        """`slots` of R distinct rows, M tokens in all; all have a Menu, or none has."""
+        pairs = [(encode(self.tokenizer, prompt), ids[:-1]) for prompt, _, ids in rows]
+        lengths = [len(ids) for _, _, ids in rows]
+        _, real = pad([ids for _, _, ids in rows])                          # (R, L)
+        logits = self._read(self.lm, pairs)[real]                           # (M, V)
         allowed = None
-        if menus[0] is not None:
-            places = []
-            for r, action in enumerate(actions):
-                for j in range(len(action)):
-                    places += [(r, j, token) for token in menus[r].trie[action[:j]]]
-            allowed = (mask == 0)[..., None].repeat(1, 1, logits.shape[-1])
-            allowed[tuple(torch.tensor(places).T)] = True                   # [r, j, token]
-        log_pi = menu_logp(logits, allowed)                                 # (R, L, V)
-        logp = log_pi.gather(-1, ids[..., None]).squeeze(-1)
-        table = torch.stack([logp, entropy_of(log_pi), values], -1)         # (R, L, 3)
-        return [row[:len(action)] for row, action in zip(table, actions)]
+        place = list(chain.from_iterable(ids for _, _, ids in rows))        # (M,)
+        if rows[0][1] is not None:                          # K tokens that a menu allows
+            options = []
+            for _, menu, ids in rows:
+                options += [menu.trie[ids[:j]] for j in range(len(ids))]
+            place = [tuple(x).index(token) for x, token in zip(options, place)]
+            tokens, allowed = pad([tuple(x) for x in options])
+            logits = logits.gather(1, tokens.to(logits.device))             # (M, K)
+            allowed = allowed.to(logits.device)
+        log_pi = menu_logp(logits, allowed)
+        logp = log_pi[range(len(place)), place]                             # (M,)
+        return torch.stack([logp, entropy_of(log_pi)], 1).cpu().split(lengths)
 
-    def score(self, prompts, menus, policy="glam", memory=None):
+    def score(self, prompts, menus, policy="glam"):
         """How likely the LM finds each entry of a menu: B tensors (A,), with gradient.
 
         "glam": Σ_j log p(wʲ|o, w<ʲ)      "twosome": that divided by the number of words
 
         p is over the whole vocabulary, without eos. "eat it" with p = ½, ¼: log ⅛, ½ log ⅛.
         For other policies it is Σ_j log π, restricted to the menu and with eos.
-        prompts: B strings; menus: B lists of A strings; memory: see `columns`.
+        prompts: B strings; menus: B lists of A strings (or Menus).
         """
         require(menus is not None, "scores need menus")
-        menus = self._encode(prompts, menus, policy)
+        menus = self._menus(prompts, menus, policy)
         rows = []
         words = []
         for prompt, menu in zip(prompts, menus):
+            words += [len(text.split()) for text in menu.texts]
             if policy in RESTRICTED:
                 rows += [(prompt, None, entry[:-1]) for entry in menu.entries]
             else:
                 rows += [(prompt, menu, entry) for entry in menu.entries]
-            words += [len(text.split()) for text in menu.texts]
-        if memory is None:
-            memory = {}
-        columns = pad_sequence(self.columns(rows, memory), batch_first=True)
-        scores = columns[..., 0].sum(1)                                     # of all entries
+        slots = pad_sequence(self.slots(rows), batch_first=True)
+        scores = slots[..., 0].sum(1)                                       # of all entries
         if policy == "twosome":
-            scores = scores / scores.new_tensor(words)
+            scores = scores / torch.tensor(words)
         return list(scores.split([len(menu.texts) for menu in menus]))
 
-    def _encode(self, prompts, menus, policy):
+    def _menus(self, prompts, menus, policy):
         """B Menus, or B times None (free text); ValueError for what cannot be acted on."""
         require(policy in POLICIES, f"policy is {policy!r}, expected one of {POLICIES}")
         require(not isinstance(prompts, str) and prompts, "expected a list of prompts")
-        require(all(prompt.strip() for prompt in prompts), "a prompt is empty")
-        free = [None] * len(prompts)
-        if menus is None or list(menus) == free:
+        if menus is None:
+            menus = [None] * len(prompts)
+        if all(menu is None for menu in menus):
             require(policy not in RESTRICTED, f"{policy} needs a menu (restricted actions)")
-            return free
-        require(len(menus) == len(prompts) and None not in menus,
-                f"{len(prompts)} prompts need as many menus, or none at all")
-        return [encode_menu(self.tokenizer, tuple(menu)) for menu in menus]
+        else:
+            menus = [self._menu(prompt, menu) for prompt, menu in zip(prompts, menus)]
+        require(len(menus) == len(prompts), f"{len(menus)} menus for {len(prompts)} prompts")
+        return menus
 
-    def _menu_policy(self, prompts, menus, policy, memory):
+    def _menu(self, prompt, menu):
+        if isinstance(menu, Menu):
+            return menu
+        require(isinstance(menu, (list, tuple)), f"a menu is a list of texts, not {menu!r}")
+        return encode_menu(self.tokenizer, prompt, tuple(menu))
+
+    def _menu_policy(self, prompts, menus, policy):
         """log π(a|o), the softmax over a menu's scores: (B, A), −inf beyond its end.
 
         Scores of "token" and "action" are log π(a|o) already, which it leaves as they are.
         """
-        scores = self.score(prompts, menus, policy, memory)
+        scores = self.score(prompts, menus, policy)
         return pad_sequence(scores, True, -torch.inf).log_softmax(-1)
 
     def _write_freely(self, prompts, greedy, generator):
         """Free text by `generate` of transformers, up to eos or the limit: B tuples."""
-        ids, mask = self._tokenize(prompts)                                 # (B, P)
+        require(self.shares_prompts, f"{type(self.lm).__name__} reads rows one way only: it "
+                "can choose from menus, but not write freely")
+        prompts = [encode(self.tokenizer, prompt) for prompt in prompts]
+        longest = range(self.lm.generation_config.max_new_tokens)
+        self._check_length([(prompt, longest) for prompt in prompts])
+        ids, mask = (x.to(self.lm.device) for x in pad(prompts, "left"))    # (B, P)
         seed = torch.randint(2**60, (), generator=generator).item()
         with seeded(seed):                                  # `generate` takes no generator
-            out = self.lm.generate(ids, attention_mask=mask, do_sample=not greedy)
+            out = self.lm.generate(ids, attention_mask=mask.long(), do_sample=not greedy)
         actions = []
         for row in out[:, ids.shape[1]:].tolist():
             if self.eos in row:
@@ -775,168 +889,149 @@ class LanguageAgent(nn.Module):
         return actions
 
     @torch.no_grad()
-    def act(self, prompts, menus=None, policy="token", greedy=False, generator=None,
-            memory=None):
+    def act(self, prompts, menus=None, policy="token", greedy=False, generator=None):
         """Write an action for each of B prompts: a list of B records (`Action`).
 
         With menus (B lists of strings) an entry is drawn from the softmax over its menu's
         scores. "token": π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's
         trie and renormalised; "action": the same, as one slot; others: see `score`.
         Without menus: free text up to `max_new_tokens`, for "token" and "action".
-        greedy: the likeliest entry (free text: token) instead; memory: see `columns`.
+        greedy: the likeliest entry (free text: token) instead.
         """
-        encoded = self._encode(prompts, menus, policy)
-        if memory is None:
-            memory = {}
-        if encoded[0] is None:
+        menus = self._menus(prompts, menus, policy)
+        if menus[0] is None:
             actions = self._write_freely(prompts, greedy, generator)
             texts = self.tokenizer.batch_decode(actions, skip_special_tokens=True)
-            texts = [text.strip() for text in texts]
         else:
-            log_pi = self._menu_policy(prompts, menus, policy, memory).cpu()        # (B, A)
+            log_pi = self._menu_policy(prompts, menus, policy)              # (B, A)
             pick = log_pi.argmax(-1)
             if not greedy:
                 pick = log_pi.exp().multinomial(1, generator=generator)[:, 0]
-            actions = [menu.entries[k] for menu, k in zip(encoded, pick)]
-            texts = [menu.texts[k] for menu, k in zip(encoded, pick)]
+            actions = [menu.entries[k] for menu, k in zip(menus, pick)]
+            texts = [menu.texts[k] for menu, k in zip(menus, pick)]
         records = []
-        for b, ids in enumerate(actions):
-            choice = torch.tensor(choices(encoded[b], ids), device=self.lm.device)
+        for prompt, menu, text, ids in zip(prompts, menus, texts, actions):
+            choice = torch.ones(len(ids), dtype=torch.bool)
+            if menu is not None:
+                choice = torch.tensor([len(menu.trie[ids[:j]]) > 1 for j in range(len(ids))])
             if policy != "token":
                 choice = choice.any(0, keepdim=True)
-            menu = encoded[b] and encoded[b].texts
-            records.append(Action(prompts[b], menu, texts[b], ids, choice))
-        logp, entropy, values = self.evaluate(records, menus, policy, memory)
-        fill(records, logp=logp, entropy=entropy, values=values)
+            records.append(Action(prompt, menu, text.strip(), ids, choice))
+        logp, entropy = self.evaluate(records, policy)
+        fill(records, logp=logp, entropy=entropy)
         return records
 
-    def evaluate(self, actions, menus=None, policy="token", memory=None):
+    def evaluate(self, actions, policy="token"):
         """Written actions under the present weights, with gradient: what PPO compares.
 
-        actions: B records of `act`, with its menus (without: log π over the vocabulary) and
-        policy; memory: see `columns`, not that of `act` if gradients are wanted.
-        → logp, entropy, values: (B, L), zero where padded; (B, 1) for all but "token".
+        actions: B records of `act` with this policy; where their menu is None, log π is over
+        the vocabulary. → logp, entropy: (B, L), zero where padded; (B, 1) unless "token".
         """
-        prompts = [action.prompt for action in actions]
-        ids = [action.ids for action in actions]
-        encoded = self._encode(prompts, menus, policy)
-        if memory is None:
-            memory = {}
-        if policy in RESTRICTED:
-            slots = self._entry_slots(prompts, encoded, ids, policy, memory)
-        else:
-            slots = self.columns(list(zip(prompts, encoded, ids)), memory)
-        if policy == "action":
-            slots = [torch.stack([*x[:, :2].sum(0), x[0, 2]])[None] for x in slots]
-        return pad_sequence(list(slots), batch_first=True).unbind(-1)
-
-    def _entry_slots(self, prompts, menus, actions, policy, memory):
-        """log π(a|o), the entropy of π(·|o), and v(o) of B entries of Menus: (B, 1, 3)."""
-        texts = [menu.texts for menu in menus]
-        log_pi = self._menu_policy(prompts, texts, policy, memory)          # (B, A)
-        pick = [menu.entries.index(ids) for menu, ids in zip(menus, actions)]
+        if policy not in RESTRICTED:
+            slots = self.slots([(a.prompt, a.menu, a.ids) for a in actions])
+            if policy == "action":
+                slots = [x.sum(0, keepdim=True) for x in slots]
+            return pad_sequence(slots, batch_first=True).unbind(-1)
+        log_pi = self._menu_policy(
+            [a.prompt for a in actions], [a.menu for a in actions], policy)     # (B, A)
+        pick = [a.menu.entries.index(a.ids) for a in actions]
         logp = log_pi[range(len(pick)), pick]
-        first = [(text, None, menu.entries[0][:-1]) for text, menu in zip(prompts, menus)]
-        values = [x[0, 2] for x in self.columns(first, memory)]     # v(o)
-        return torch.stack([logp, entropy_of(log_pi), torch.stack(values)], -1)[:, None]
+        return logp[:, None], entropy_of(log_pi)[:, None]
 
     def save(self, folder):
         """Write LM and tokenizer by `save_pretrained`, the critic beside them."""
         self.lm.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        torch.save(self.critic.state_dict(), Path(folder) / "critic.pt")
+        critic = nn.ModuleDict({"body": self.body, "head": self.head})
+        torch.save(critic.state_dict(), Path(folder) / "critic.pt")
 
 
-def tiny_agent(env_fn, seed=0, pretrain_steps=300, critic="head"):
+def tiny_agent(env_fn, seed=0, pretrain_steps=300):
     """A language agent without a download: it has learnt an environment's language only.
 
     It was trained on observations and random admissible actions, one token a word, and
     knows nothing of what actions do.
     """
-    lm, tokenizer = tiny_lm(env_fn, seed, pretrain_steps)
-    with seeded(seed):                                          # the critic's first layer
-        return LanguageAgent(lm, tokenizer, critic)
+    return LanguageAgent(*tiny_lm(env_fn, seed, pretrain_steps))
 
 
-def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0, critic="head"):
+def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
     """The tiny agent ("tiny"), or an agent with a causal LM from elsewhere.
 
     model: a hub id, a folder (of `save`, with its critic, or of any `save_pretrained`) or a
-    .gguf file, else ValueError; train_layers: only so many last layers learn, 0: all;
-    critic: see `LanguageAgent`, if none was saved.
+    .gguf file, else ValueError; train_layers: only so many last layers learn, 0: all.
     """
-    saved = {}
+    critic = {}
     if model == "tiny":
         lm, tokenizer = tiny_lm(env_fn, seed)
     else:
-        lm, tokenizer = pretrained_lm(model)
-        weights = Path(model) / "critic.pt"
-        if weights.exists():
-            saved = torch.load(weights, map_location="cpu", weights_only=True)
-            critic = "copy" if any(name.startswith("lm.") for name in saved) else "head"
+        try:
+            lm, tokenizer, critic = pretrained(Path(model), model)
+        except Exception as error:                          # a loader may raise anything
+            raise ValueError(f"cannot load {model}: expected tiny, a hub id, a folder or "
+                             f"a .gguf file. {error}") from error
     if train_layers:
         lists = (x for x in lm.modules() if isinstance(x, nn.ModuleList))
         layers = next(lists)                                # a transformer's first list
         require(0 < train_layers <= len(layers),
                 f"train_layers is {train_layers}, but {model} has {len(layers)} layers")
-        lm.requires_grad_(False)                            # a critic's copy inherits it
+        lm.requires_grad_(False)                            # the critic's copy inherits it
         layers[-train_layers:].requires_grad_(True)
-    with seeded(seed):                                      # the critic's first layer
-        agent = LanguageAgent(lm, tokenizer, critic)
-    if saved:
-        agent.critic.load_state_dict(saved)
+    agent = LanguageAgent(lm, tokenizer)
+    agent.load_state_dict(critic, strict=False)
     return agent.to(device)
 
 
-def pretrained_lm(model):
-    """Any causal LM of transformers, and its tokenizer."""
-    path = Path(model)
+def pretrained(path, model):
+    """A causal LM of transformers, its tokenizer, and the critic that may lie beside it."""
     options = {}
     if path.suffix == ".gguf":
         options["gguf_file"] = path.name
         model = path.parent
-    try:
-        lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
-        return lm, AutoTokenizer.from_pretrained(model, **options)
-    except Exception as error:                          # a loader may raise anything
-        raise ValueError(f"cannot load {path}: expected tiny, a hub id, a folder or "
-                         f"a .gguf file ({str(error)[:90]}…)") from error
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+    lm.hf_quantizer = None                                  # or it could not be saved
+    critic = {}
+    if (path / "critic.pt").exists():
+        critic = torch.load(path / "critic.pt", map_location="cpu", weights_only=True)
+    return lm, AutoTokenizer.from_pretrained(model, **options), critic
 
 
 # ------------------------------------------------- playing and training
 
 
-def step_all(agent, players, policy, greedy, generator, memory):
+def step_all(agent, players, policy, greedy, generator):
     """Every player takes one action: B records (`Action`), reward and done included."""
     prompts = [player.obs for player in players]
     menus = [player.info.get("menu") for player in players]
-    actions = agent.act(prompts, menus, policy, greedy, generator, memory)
+    actions = agent.act(prompts, menus, policy, greedy, generator)
     for player, action in zip(players, actions):
         action.reward = player.step(action.text)
         action.done = player.over
     return actions
 
 
-@torch.no_grad()
 def collect(agent, players, config, generator, episodes):
     """A rollout: T actions of each of B players; `episodes` takes the finished ones.
 
-    An episode that the time limit cuts was not over: its last reward gets + γ v(o_next).
-    → B·T records, player b's action t in place b·T + t; v(o) of what players see now (B,).
+    Where a time limit, or the rollout's end, cuts an episode, the record says what would
+    have been read `after`. → B·T records, player b's action t in place b·T + t.
     """
-    memory = {}                                                 # the weights stand still
     steps = []
-    for _ in range(config.n_steps):
-        actions = step_all(agent, players, config.policy, False, generator, memory)
-        steps.append(actions)
-        for player, action in zip(players, actions):
-            if player.cut:
-                action.reward += config.gamma * agent.values([player.obs]).item()
-            if player.over:
-                episodes.append((player.total, float(player.info["success"])))
-                player.begin()
-    rollout = list(chain.from_iterable(zip(*steps)))            # player by player
-    return rollout, agent.values([player.obs for player in players])
+    with agent.standing_still():
+        for _ in range(config.n_steps):
+            actions = step_all(agent, players, config.policy, False, generator)
+            steps.append(actions)
+            for player, action in zip(players, actions):
+                if player.cut:
+                    action.after = player.obs
+                if player.over:
+                    episodes.append((player.total, float(player.info["success"])))
+                    player.begin()
+    for player, action in zip(players, steps[-1]):
+        if not action.done:
+            action.after = player.obs
+            action.done = True
+    return list(chain.from_iterable(zip(*steps)))               # player by player
 
 
 def train(agent, env_fn, config):
@@ -945,35 +1040,40 @@ def train(agent, env_fn, config):
 
     Yields one dict per update: update, env_steps, episodes; return_mean (undiscounted) and
     success_rate of the last 100 episodes, with standard errors (None before one has ended);
-    seconds; and what `ppo_update` returns.
+    seconds, trust, value_loss; and what `ppo_update` returns.
     """
     begin = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
     players = [Player(env_fn(), seed_of(config.seed, b)) for b in range(config.n_envs)]
-    optimizer = torch.optim.Adam([
-        dict(params=agent.lm.parameters(), lr=step_size(config, agent.lm)),
-        dict(params=agent.critic.parameters(), lr=config.critic_lr)])
+    optimizer = torch.optim.Adam(agent.lm.parameters(), config.step_size)
+    critic = [*agent.body.parameters(), *agent.head.parameters()]
+    critic_optimizer = torch.optim.Adam(critic, config.critic_lr)
     episodes = []
-    recent = deque(maxlen=4)                                    # rollouts for `fit_critic`
+    recent = deque(maxlen=4)                                    # rollouts, for the critic
     for update in range(1, config.updates + 1):
         rollout = collect(agent, players, config, generator, episodes)
+        recent.append(rollout)
+        trust = measure_trust(agent, rollout, config)
+        value_loss = fit_critic(
+            agent, critic_optimizer, list(chain(*recent)), config, generator)
+        credit(agent, rollout, config, trust)
         info = ppo_update(agent, optimizer, rollout, config, generator)
-        recent.append(rollout[0])
-        fit_critic(agent, optimizer, list(chain(*recent)), config, generator)
         steps = update * config.n_envs * config.n_steps
         seconds = time.perf_counter() - begin
         yield {"update": update, "env_steps": steps, "seconds": seconds,
-               **summary(episodes[-100:]), "episodes": len(episodes), **info}
+               **summary(episodes[-100:]), "episodes": len(episodes),
+               "trust": trust, "value_loss": value_loss, **info}
 
 
 def summary(outcomes):
     """Means of (return, success) over episodes, with standard errors; None without any."""
     result = {"episodes": len(outcomes)}
-    for k, name in enumerate(("return_mean", "success_rate")):
-        xs = [outcome[k] for outcome in outcomes]
-        result[name] = mean(xs) if xs else None
-        result[name + "_error"] = pstdev(xs) / len(xs) ** 0.5 if xs else None
-    return result
+    for name, xs in zip(("return_mean", "success_rate"), zip(*outcomes)):
+        result[name] = mean(xs)
+        result[name + "_error"] = pstdev(xs) / len(xs) ** 0.5
+    nothing = dict.fromkeys(
+        ("return_mean", "return_mean_error", "success_rate", "success_rate_error"))
+    return nothing | result
 
 
 def seed_of(seed, b, exam=0):
@@ -981,36 +1081,38 @@ def seed_of(seed, b, exam=0):
     return 2 * (1000 * seed + b) + exam
 
 
-def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0):
+def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0, max_steps=1000):
     """Play whole episodes, on seeds that training never uses.
 
-    → (return, success) of each, and the first one as text, a line an action.
+    → (return, success) of each, and the first one as text, two lines an action. ValueError
+    if one has not ended after max_steps actions.
     """
     require(episodes >= 1, f"{episodes} episodes to play, expected at least 1")
     players = [Player(env_fn(), seed_of(seed, b, exam=1)) for b in range(episodes)]
     generator = torch.Generator().manual_seed(seed)
-    memory = {}
     story = []
     playing = players
-    while playing:
-        first, *_ = step_all(agent, playing, policy, greedy, generator, memory)
-        if playing[0] is players[0]:
-            story.append(f"{first.prompt}\n  → {first.text}  ({first.reward:g})")
-        playing = [player for player in playing if not player.over]
+    with agent.standing_still():
+        for _ in range(max_steps):
+            first, *_ = step_all(agent, playing, policy, greedy, generator)
+            if playing[0] is players[0]:
+                story.append(f"{first.prompt}\n  → {first.text}  ({first.reward:g})")
+            playing = [player for player in playing if not player.over]
+            if not playing:
+                break
+    require(not playing, f"an episode has not ended after {max_steps} actions")
     outcomes = [(player.total, float(player.info["success"])) for player in players]
     return outcomes, "\n".join(story)
 
 
 # ------------------------------------------------- command line
 
-PRESETS = {  # where an environment needs other settings than Config's
-    "food": dict(wording="long"),
+PRESETS = {  # where an environment, or any model but the tiny one, needs other settings
     "lunch": dict(updates=10, n_steps=16),
-    "orders": dict(updates=20, lr=1e-3),
-    "scikit": dict(
-        updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=torch.inf)}
+    "orders": dict(updates=20),
+    "scikit": dict(updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=1.0),
+    "real": dict(updates=10, lr=5e-5, critic_steps=20, critic_lr=1e-4, epochs=4, minibatches=1)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REAL = dict(epochs=4, minibatches=1)        # one minibatch: what repeats is read once
 
 
 @dataclass(frozen=True)
@@ -1018,30 +1120,26 @@ class Options(Config):
     """The command line: a run's Config, and what else can be asked for."""
     method: str = knob("", f"some of {','.join(METHODS)}; default: all that can run")
     env: str = knob("food", f"one of {', '.join(ENVS)}")
-    wording: str = knob("", "of food: long (its default here) or short")
-    env_options: str = knob("", "other options of the environment, as guests=1,slots=2")
+    env_options: str = knob("", "of the environment, such as guests=1,slots=2")
     model: str = knob("tiny", "tiny, a hub id, a folder or a .gguf file")
     train_layers: int = knob(0, "how many of its last layers learn; 0: all")
-    critic: Literal["head", "copy"] = knob("head", "reads the policy's LM, or its copy")
     device: str = knob(DEVICE, "cpu or cuda; default: the GPU if there is one")
     seeds: int = knob(1, "how many runs of each method, from --seed on")
     out: str = knob("", "JSON file for the numbers; default runs/ENV.json")
     save: str = knob("", "folder for the trained models and their critics")
-    eval: int = knob(0, "play so many episodes, sampled and greedy; no training")
 
     def __post_init__(self):
-        if self.method in METHODS:          # else several: each run checks its own
-            super().__post_init__()
+        """Checks nothing: `method` may be several, and each run's own Config is checked."""
 
 
 def parse(argv):
-    """The options: what was typed, else PRESETS and REAL, else the defaults."""
+    """The options: what was typed, else PRESETS, else the defaults."""
     parser = transformers.HfArgumentParser(Options)
     parser.error = lambda message: parser.exit(2, f"poad.py: {message}\n")
     typed, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS.get(typed.env, {}))
     if typed.model != "tiny":
-        parser.set_defaults(**REAL)
+        parser.set_defaults(**PRESETS["real"])
     [options] = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return options
 
@@ -1049,128 +1147,121 @@ def parse(argv):
 def prepare(options):
     """What can be known to fail fails here, before any training. → env_fn, configs"""
     settings = {}
-    if options.wording:
-        settings["wording"] = options.wording
     for pair in filter(None, options.env_options.split(",")):
         name, _, value = pair.partition("=")
         settings[name] = int(value) if value.isdecimal() else value
     env_fn = partial(make, options.env, **settings)
     _, info = env_fn().reset(seed=0)
     able = [name for name in METHODS if "menu" in info or name not in RESTRICTED]
-    methods = able
-    if options.method:
-        methods = options.method.split(",")
+    methods = options.method.split(",") if options.method else able
     require(set(methods) <= set(able), f"--method {options.method}: {options.env} can be "
             f"learnt by {', '.join(able)} (glam and twosome need a menu)")
     require(options.seeds >= 1, f"--seeds is {options.seeds}, expected at least 1")
-    require(options.eval >= 0, f"--eval is {options.eval}, expected at least 0")
-    require(options.train_layers >= 0, f"--train_layers is {options.train_layers}, below 0")
-    try:
-        torch.zeros(1, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {options.device}: {error}") from error
+    torch.zeros(1, device=options.device)
+    given = {knob.name: getattr(options, knob.name) for knob in fields(Config)}
     configs = []
     for seed in range(options.seed, options.seed + options.seeds):
-        configs += [replace(options, method=method, seed=seed) for method in methods]
+        for method in methods:
+            configs.append(Config(**given | dict(method=method, seed=seed)))
     return env_fn, configs
 
 
 def run(agent, env_fn, config, record):
     """Train with a progress bar, then examine; `record` is filled on the way."""
-    name = f"{config.method:8} seed {config.seed}"
-    bar = tqdm(train(agent, env_fn, config), name, config.updates)
+    bar = tqdm(train(agent, env_fn, config), f"{config.method:8} seed {config.seed}",
+               config.updates)
     for metrics in bar:
         record["metrics"].append(metrics)
         if metrics["episodes"] >= 16:               # the first to end are the short ones
-            bar.set_postfix(success=metrics["success_rate"])
-    outcomes, _ = play(agent, env_fn, 100, config.policy, seed=config.seed)
+            bar.set_postfix(success=metrics["success_rate"], trust=metrics["trust"])
+    outcomes, story = play(agent, env_fn, 100, config.policy, seed=config.seed)
     record["exam"] = summary(outcomes)
+    return story
 
 
-def demonstrate(agent, env_fn, config):
-    """Play sampled, then greedy episodes; print a transcript of each, and how all went."""
-    for greedy in (False, True):
-        outcomes, story = play(
-            agent, env_fn, config.eval, config.policy, greedy, config.seed)
-        print(story)
-        print(f"{config.method}, greedy: {greedy}", summary(outcomes))
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # Student's t, 2 to 10 seeds
 
 
-def cell(exams, name):
-    """Mean ± standard error: over seeds if there are several, else over the episodes."""
-    means = [exam[name] for exam in exams]
-    error = exams[0][name + "_error"]
-    if len(exams) > 1:
-        error = stdev(means) / len(means) ** 0.5
-    return f"{mean(means):.2f} ± {error:.2f}"
+def interval(xs):
+    """Mean ± half a 95 % interval over seeds; of one seed only the number."""
+    if len(xs) == 1:
+        return f"{xs[0]:.2f}"
+    half = T95[min(len(xs), 10) - 2] * stdev(xs) / len(xs) ** 0.5
+    return f"{mean(xs):.2f} ± {half:.2f}"
 
 
 def report(runs, path):
     """Print a table of the exams, a row a method, and draw the learning curves."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(layout="constrained")
-    print("method    exam: success     mean return   seconds")
+    print("method     exam: success     mean return    trust  seconds")
     for method, row in METHODS.items():
-        group = [run for run in runs if run["config"]["method"] == method]
-        if group:
-            axes.plot([], color=row["color"], label=method)        # for the legend
+        group = [run for run in runs if run["config"]["method"] == method and run["exam"]]
         for run in group:
             curve = [m for m in run["metrics"] if m["episodes"] >= 16]
             steps = [m["env_steps"] for m in curve]
             axes.plot(steps, [m["success_rate"] for m in curve], color=row["color"])
-        exams = [run["exam"] for run in group if run["exam"]]
-        if exams:
-            seconds = mean(run["metrics"][-1]["seconds"] for run in group)
-            print(f"{method:9} {cell(exams, 'success_rate'):>13}"
-                  f"{cell(exams, 'return_mean'):>16}{seconds:>10.0f}")
+        if group:
+            axes.plot([], color=row["color"], label=method)        # for the legend
+            exams = [run["exam"] for run in group]
+            last = [run["metrics"][-1] for run in group if run["metrics"]]
+            print(f"{method:9}{interval([exam['success_rate'] for exam in exams]):>15}"
+                  f"{interval([exam['return_mean'] for exam in exams]):>16}"
+                  f"{mean(m['trust'] for m in last):>9.2f}"
+                  f"{mean(m['seconds'] for m in last):>9.0f}")
     figure.legend(loc="outside right upper")
     axes.set(title=f"Who learns {runs[0]['config']['env']}?", xlabel="environment steps",
              ylabel="success, last 100 episodes (from the 16th on)")
     figure.savefig(path, dpi=130)
 
 
+def run_all(options, env_fn, configs, runs):
+    """Train and examine every config, from one start a seed; `runs` is filled on the way."""
+    starts = {}                                             # seed → the agent to start from
+    for config in configs:
+        if config.seed not in starts:
+            starts = {config.seed: load_agent(
+                options.model, env_fn, config.seed, train_layers=options.train_layers)}
+        agent = copy.deepcopy(starts[config.seed]).to(options.device)
+        used = vars(options) | asdict(config) | {"lr": config.step_size}
+        record = {"config": used, "exam": None, "metrics": []}
+        runs.append(record)
+        folder = Path(options.save) / f"{config.method}-{config.seed}"
+        if options.save:
+            agent.save(folder)                              # what cannot be saved fails now
+        story = run(agent, env_fn, config, record)
+        if options.save:
+            agent.save(folder)
+    print(story)
+
+
 def main(argv=None):
-    """Train and examine each method with each seed (or only play), and keep the numbers."""
+    """Train and examine each method with each seed, and keep the numbers."""
     if argv is None:
         argv = sys.argv[1:]
-    runs = []
-    starts = {}                                 # seed → the agent to start from
     try:
         options = parse(argv)
         env_fn, configs = prepare(options)
-        out = Path(options.out or f"runs/{options.env}.json").with_suffix(".json")
-        for folder in (out.parent, Path(options.save)):         # Path("") is here
+        out = Path(options.out or f"runs/{options.env}.json")
+        for folder in (out.parent, Path(options.save)):     # Path("") is here
             folder.mkdir(parents=True, exist_ok=True)
         if options.model == "tiny":
-            torch.set_num_threads(1)                # it is too small to share
-        for config in configs:
-            if config.seed not in starts:
-                starts = {config.seed: load_agent(
-                    config.model, env_fn, config.seed, config.device, config.train_layers,
-                    config.critic)}
-            agent = copy.deepcopy(starts[config.seed])
-            if config.eval:
-                demonstrate(agent, env_fn, config)
-                continue
-            used = asdict(config) | {"lr": step_size(config, agent.lm)}
-            used["critic"] = "copy" if "lm" in agent.critic else "head"
-            used = {name: None if x == torch.inf else x for name, x in used.items()}   # JSON
-            record = {"config": used, "exam": None, "metrics": []}
-            runs.append(record)
-            run(agent, env_fn, config, record)
-            if config.save:
-                agent.save(Path(config.save) / f"{config.method}-{config.seed}")
-    except KeyboardInterrupt:
-        print("interrupted: what was measured so far is kept")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit("poad.py: " + " ".join(str(error).split()))
-    finally:
-        runs = [record for record in runs if record["metrics"]]
-        if runs:
-            command = shlex.join(["python", "poad.py", *argv])
-            out.write_text(json.dumps({"command": command, "runs": runs}, indent=1))
-            report(runs, out.with_suffix(".png"))
-            print(f"curves: {out.with_suffix('.png')}   numbers: {out}")
+            torch.set_num_threads(1)                        # it is too small to share
+        runs = []
+        try:
+            run_all(options, env_fn, configs, runs)
+        except KeyboardInterrupt:
+            print("interrupted: what was measured so far is kept")
+        finally:
+            if runs:
+                command = shlex.join(["python", "poad.py", *argv])
+                text = json.dumps({"command": command, "runs": runs}, indent=1)
+                out.write_text(text.replace("Infinity", "null"))        # which is no JSON
+                print(f"numbers: {out}")
+        report(runs, f"{out}.png")
+    except (ValueError, OSError, ImportError, AssertionError, RuntimeError) as error:
+        print("poad.py:", error, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
