@@ -228,18 +228,35 @@ class Player:
 
     def begin(self, seed=None):
         """Start an episode."""
-        self.obs, self.info = self.env.reset(seed=seed)
+        answer = self.env.reset(seed=seed)
+        require(isinstance(answer, tuple) and len(answer) == 2,
+                "reset must return (observation, info), as Gymnasium's does")
+        self._show(*answer)
         self.total = 0.0
         self.over = False
         self.cut = False
 
     def step(self, action):
         """Do `action`; returns the reward."""
-        self.obs, reward, terminated, truncated, self.info = self.env.step(action)
+        answer = self.env.step(action)
+        require(len(answer) == 5, "step must return (observation, reward, terminated, "
+                                  "truncated, info), as Gymnasium's does")
+        obs, reward, terminated, truncated, info = answer
+        self._show(obs, info)
+        require(isinstance(reward, (int, float, np.number)) and np.isfinite(reward),
+                f"the environment's reward is {reward!r}, expected a finite number")
         self.total += float(reward)
         self.over = bool(terminated or truncated)
         self.cut = bool(truncated and not terminated)
+        require(not self.over or "success" in info,
+                'at an episode\'s end info must have "success", True or False')
         return float(reward)
+
+    def _show(self, obs, info):
+        require(isinstance(obs, str) and obs.strip(),
+                f"the observation is {obs!r}, expected a text to read")
+        self.obs = obs
+        self.info = info
 
 def _choose(name, value, choices):
     choices = list(choices)
@@ -370,7 +387,7 @@ class Food(Household):
     keep their state while the agent is in another room and cannot see them."""
     start = FoodState("kitchen", "nothing", "table", False)
 
-    def __init__(self, item="pancake", appliance="microwave", wording="short"):
+    def __init__(self, item="pancake", appliance="microwave", wording="long"):
         for name in (item, appliance):
             plain = all(map(str.isalpha, str(name).split(" ")))
             require(plain, f"{name!r}: item and appliance must be plain words")

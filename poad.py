@@ -27,7 +27,7 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -313,7 +313,7 @@ class Action:
     reward: float = 0.0
     done: bool = False              # nothing of its episode follows in the rollout
     after: str = None               # what would be read next, where it was cut short
-    outcome: float = None           # G, its λ-return: see `measure_trust`
+    returns: torch.Tensor = None            # (slots,) what the critic should say
     advantages: torch.Tensor = None         # (slots,) see `credit`
 
 
@@ -357,19 +357,17 @@ class Config:
 
     def __post_init__(self):
         require(self.method in METHODS, f"{self.method!r} is no method of {list(METHODS)}")
-        for name in ("n_envs", "n_steps", "epochs", "minibatches"):
-            x = getattr(self, name)
-            require(isinstance(x, int) and x >= 1, f"{name} is {x}, not a whole number ≥ 1")
-        for name in ("gamma", "lam", "gamma_token", "lam_token"):
-            x = getattr(self, name)
-            require(x is None or 0 <= x <= 1, f"{name} is {x}, not from 0 to 1")
-        for name in ("updates", "lr", "critic_lr", "critic_steps", "clip", "entropy_coef",
-                     "kl_stop", "max_grad_norm"):
-            x = getattr(self, name)
-            require(x is None or x >= 0, f"{name} is {x}, below 0")
-        actions = self.n_envs * self.n_steps
-        require(self.minibatches <= actions,
-                f"{actions} actions cannot be split into {self.minibatches} minibatches")
+        counts = self.n_envs, self.n_steps, self.epochs, self.minibatches
+        require(all(isinstance(x, int) and x >= 1 for x in counts),
+                "n_envs, n_steps, epochs and minibatches are whole numbers, at least 1")
+        require(self.minibatches <= self.n_envs * self.n_steps,
+                "there are more minibatches than actions, n_envs × n_steps")
+        shares = self.gamma, self.lam, self.gamma_token, self.lam_token
+        require(all(x is None or 0 <= x <= 1 for x in shares),
+                "gamma, lam, gamma_token and lam_token are from 0 to 1")
+        sizes = (self.updates, self.lr, self.critic_lr, self.critic_steps, self.clip,
+                 self.entropy_coef, self.kl_stop, self.max_grad_norm)
+        require(all(x is None or x >= 0 for x in sizes), "no knob but seed is below 0")
 
     @property
     def policy(self):
@@ -451,39 +449,38 @@ def judge(agent, actions):
     return agent.judge(prompts, prefixes)
 
 
-def assign_rollout(agent, actions, mask, values, config, trust=0.0):
-    """`assign` for the actions of a rollout. An episode that was cut was not over: its last
-    reward gets γ v(o_next) more."""
+def assign_rollout(agent, actions, values, config, trust=0.0):
+    """`assign` for the B·T actions of a rollout, with the critic's values (B·T, L).
+
+    An episode that was cut was not over: its last reward gets γ v(o_next) more.
+    """
     rewards = torch.tensor([action.reward for action in actions])           # (B·T,)
     cut = [i for i, action in enumerate(actions) if action.after is not None]
     if cut:
         rewards[cut] += config.gamma * agent.values([actions[i].after for i in cut])
     done = torch.tensor([action.done for action in actions])
     nothing = torch.zeros(config.n_envs)                    # follows an environment's last
-    return assign(config, mask, values, rewards, done, nothing, trust)
+    return assign(config, written(actions), values, rewards, done, nothing, trust)
 
 
 @torch.no_grad()
 def measure_trust(agent, actions, config):
-    """How well the critic knows a rollout it has not been fitted on, from 0 to 1.
+    """How well the critic knows a rollout that it has not been fitted on, from 0 to 1.
 
-    R² = 1 − Σ (G − v(o, w<ⁿ))² / Σ (G − v(o))²          trust = max(0, R²)
+    R² = 1 − Σ (G − v(o, w<ⁿ))² / Σ (G − v(o))²         trust = max(0, R²)
 
-    It is the share of what o left open about the outcome G that the sentence has told the
-    critic. G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1) is the λ-return between actions; it
-    is written into the actions.
+    Of what the prompt leaves open about the outcome, it is the share that the sentence
+    tells the critic. G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1) is the λ-return between
+    actions (λ_w = 1). Writes it into the actions: `returns`, γ_w^(n−j) G before slot j.
     """
     values = judge(agent, actions)                                          # (B·T, L)
-    before = values[:, :1]                                                  # v(o)
+    between = replace(config, lam_token=1.0)
+    _, returns = assign_rollout(agent, actions, values, between)
+    fill(actions, returns=returns)
+    error = (returns - values)**2                                           # (B·T, L)
     last = written(actions).sum(1, keepdim=True) - 1
-    after = values.gather(1, last)                                          # v(o, w<ⁿ)
-    whole = torch.ones_like(before)                         # an action is one slot
-    _, outcomes = assign_rollout(agent, actions, whole, before, config)     # (B·T, 1)
-    for action, outcome in zip(actions, outcomes[:, 0].tolist()):
-        action.outcome = outcome
-    left = ((outcomes - after)**2).sum()
-    open_before = ((outcomes - before)**2).sum() + 1e-8
-    return max(0.0, (1 - left / open_before).item())
+    share = (error.gather(1, last).sum() + 1e-8) / (error[:, 0].sum() + 1e-8)
+    return max(0.0, 1 - share.item())
 
 
 def fit_critic(agent, optimizer, actions, config, generator):
@@ -491,15 +488,11 @@ def fit_critic(agent, optimizer, actions, config, generator):
 
     mean ½ (v(o, w<ʲ) − γ_w^(n−j) G)²       over the slots j of actions of n slots
     """
-    gamma_token, _ = inside(config)
-    loss = torch.tensor(0.0)
+    loss = torch.zeros(())
     for _ in range(config.critic_steps):
         picks = torch.randint(len(actions), (64,), generator=generator)
         batch = [actions[i] for i in picks]
-        mask = written(batch)
-        to_come = mask.sum(1, keepdim=True) - mask.cumsum(1)                # n − j
-        outcomes = torch.tensor([[action.outcome] for action in batch])     # (64, 1)
-        loss = value_loss(judge(agent, batch), gamma_token**to_come * outcomes, mask)
+        loss = value_loss(judge(agent, batch), column(batch, "returns"), written(batch))
         take_step(optimizer, loss, config)
     return loss.item()
 
@@ -512,8 +505,7 @@ def credit(agent, actions, config, trust):
     and takes part in GAE, but log π = 0 whatever the weights: its advantage moves nothing.
     """
     values = judge(agent, actions)                                          # (B·T, L)
-    advantages, _ = assign_rollout(
-        agent, actions, written(actions), values, config, trust)
+    advantages, _ = assign_rollout(agent, actions, values, config, trust)
     choice = column(actions, "choice")
     if choice.any():
         advantages = normalize(advantages, choice)
@@ -547,14 +539,14 @@ def ppo_update(agent, optimizer, actions, config, generator):
 
     A minibatch whose KL is above `kl_stop` is reported, and ends the update.
     """
-    actions = [action for action in actions if action.choice.any()]     # others teach nothing
     seen = []
     for _ in range(config.epochs):
         order = torch.randperm(len(actions), generator=generator)
         for indices in order.tensor_split(config.minibatches):
-            if len(indices) == 0:
+            batch = [actions[i] for i in indices]
+            if not column(batch, "choice").any():           # nothing to learn
                 continue
-            loss, info = minibatch_loss(agent, [actions[i] for i in indices], config)
+            loss, info = minibatch_loss(agent, batch, config)
             assert seen or info["kl"] < 1e-5, "the policy that is trained did not sample"
             seen.append(info)
             if info["kl"] > config.kl_stop:
@@ -574,10 +566,9 @@ def take_step(optimizer, loss, config):
 
 def diagnostics(seen):
     """Means over an update's minibatches, of "kl" the last; and their number."""
-    means = {"clip_fraction": 0.0, "entropy": 0.0, "kl": 0.0}          # if all was forced
+    means = {"kl": 0.0, "clip_fraction": 0.0, "entropy": 0.0}      # where all was forced
     for name in means:
-        if seen:
-            means[name] = mean(info[name] for info in seen)
+        means[name] = mean([info[name] for info in seen] or [0.0])
     if seen:
         means["kl"] = seen[-1]["kl"]
     return means | {"minibatches": len(seen)}
@@ -1107,12 +1098,13 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0, max_step
 
 # ------------------------------------------------- command line
 
-PRESETS = {  # where an environment, or any model but the tiny one, needs other settings
+PRESETS = {  # where an environment, or a real model, needs other settings than the defaults
     "lunch": dict(updates=10, n_steps=16),
     "orders": dict(updates=20),
     "scikit": dict(updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=1.0),
-    "real": dict(updates=10, lr=5e-5, critic_steps=20, critic_lr=1e-4, epochs=4, minibatches=1)}
+    "real": dict(updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=20, epochs=4, minibatches=1)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # Student's t, 2 to 10 seeds
 
 
 @dataclass(frozen=True)
@@ -1129,7 +1121,7 @@ class Options(Config):
     save: str = knob("", "folder for the trained models and their critics")
 
     def __post_init__(self):
-        """Checks nothing: `method` may be several, and each run's own Config is checked."""
+        """Nothing: `method` may be several, and each run's own Config is checked."""
 
 
 def parse(argv):
@@ -1153,23 +1145,26 @@ def prepare(options):
     env_fn = partial(make, options.env, **settings)
     _, info = env_fn().reset(seed=0)
     able = [name for name in METHODS if "menu" in info or name not in RESTRICTED]
-    methods = options.method.split(",") if options.method else able
+    methods = able
+    if options.method:
+        methods = options.method.split(",")
     require(set(methods) <= set(able), f"--method {options.method}: {options.env} can be "
             f"learnt by {', '.join(able)} (glam and twosome need a menu)")
     require(options.seeds >= 1, f"--seeds is {options.seeds}, expected at least 1")
-    torch.zeros(1, device=options.device)
-    given = {knob.name: getattr(options, knob.name) for knob in fields(Config)}
+    try:
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {options.device}: {error}") from error
+    knobs = {option.name: getattr(options, option.name) for option in fields(Config)}
     configs = []
     for seed in range(options.seed, options.seed + options.seeds):
-        for method in methods:
-            configs.append(Config(**given | dict(method=method, seed=seed)))
+        configs += [Config(**knobs | dict(method=method, seed=seed)) for method in methods]
     return env_fn, configs
 
 
 def run(agent, env_fn, config, record):
-    """Train with a progress bar, then examine; `record` is filled on the way."""
-    bar = tqdm(train(agent, env_fn, config), f"{config.method:8} seed {config.seed}",
-               config.updates)
+    """Train with a progress bar, then examine; `record` is filled. → a transcript"""
+    bar = tqdm(train(agent, env_fn, config), config.method, config.updates)
     for metrics in bar:
         record["metrics"].append(metrics)
         if metrics["episodes"] >= 16:               # the first to end are the short ones
@@ -1177,9 +1172,6 @@ def run(agent, env_fn, config, record):
     outcomes, story = play(agent, env_fn, 100, config.policy, seed=config.seed)
     record["exam"] = summary(outcomes)
     return story
-
-
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # Student's t, 2 to 10 seeds
 
 
 def interval(xs):
@@ -1203,65 +1195,59 @@ def report(runs, path):
             axes.plot(steps, [m["success_rate"] for m in curve], color=row["color"])
         if group:
             axes.plot([], color=row["color"], label=method)        # for the legend
-            exams = [run["exam"] for run in group]
+            success = interval([run["exam"]["success_rate"] for run in group])
+            returns = interval([run["exam"]["return_mean"] for run in group])
+            print(f"{method:9}{success:>15}{returns:>16}", end="")
             last = [run["metrics"][-1] for run in group if run["metrics"]]
-            print(f"{method:9}{interval([exam['success_rate'] for exam in exams]):>15}"
-                  f"{interval([exam['return_mean'] for exam in exams]):>16}"
-                  f"{mean(m['trust'] for m in last):>9.2f}"
-                  f"{mean(m['seconds'] for m in last):>9.0f}")
+            for name in ("trust", "seconds"):
+                print(f"{mean([m[name] for m in last] or [0]):9.2f}", end="")
+            print()
     figure.legend(loc="outside right upper")
     axes.set(title=f"Who learns {runs[0]['config']['env']}?", xlabel="environment steps",
              ylabel="success, last 100 episodes (from the 16th on)")
     figure.savefig(path, dpi=130)
-
-
-def run_all(options, env_fn, configs, runs):
-    """Train and examine every config, from one start a seed; `runs` is filled on the way."""
-    starts = {}                                             # seed → the agent to start from
-    for config in configs:
-        if config.seed not in starts:
-            starts = {config.seed: load_agent(
-                options.model, env_fn, config.seed, train_layers=options.train_layers)}
-        agent = copy.deepcopy(starts[config.seed]).to(options.device)
-        used = vars(options) | asdict(config) | {"lr": config.step_size}
-        record = {"config": used, "exam": None, "metrics": []}
-        runs.append(record)
-        folder = Path(options.save) / f"{config.method}-{config.seed}"
-        if options.save:
-            agent.save(folder)                              # what cannot be saved fails now
-        story = run(agent, env_fn, config, record)
-        if options.save:
-            agent.save(folder)
-    print(story)
+    print(f"curves: {path}")
 
 
 def main(argv=None):
     """Train and examine each method with each seed, and keep the numbers."""
     if argv is None:
         argv = sys.argv[1:]
+    runs = []
+    load = lru_cache(maxsize=1)(load_agent)                 # one start for all methods
     try:
         options = parse(argv)
         env_fn, configs = prepare(options)
         out = Path(options.out or f"runs/{options.env}.json")
         for folder in (out.parent, Path(options.save)):     # Path("") is here
             folder.mkdir(parents=True, exist_ok=True)
+        out.touch()
         if options.model == "tiny":
             torch.set_num_threads(1)                        # it is too small to share
-        runs = []
-        try:
-            run_all(options, env_fn, configs, runs)
-        except KeyboardInterrupt:
-            print("interrupted: what was measured so far is kept")
-        finally:
-            if runs:
-                command = shlex.join(["python", "poad.py", *argv])
-                text = json.dumps({"command": command, "runs": runs}, indent=1)
-                out.write_text(text.replace("Infinity", "null"))        # which is no JSON
-                print(f"numbers: {out}")
-        report(runs, f"{out}.png")
-    except (ValueError, OSError, ImportError, AssertionError, RuntimeError) as error:
+        for config in configs:
+            start = load(options.model, env_fn, config.seed, "cpu", options.train_layers)
+            agent = copy.deepcopy(start).to(options.device)
+            used = vars(options) | asdict(config) | {"lr": config.step_size}
+            runs.append({"config": used, "exam": None, "metrics": []})
+            folder = Path(options.save) / f"{config.method}-{config.seed}"
+            if options.save:
+                agent.save(folder)                          # if it can fail, it fails now
+            story = run(agent, env_fn, config, runs[-1])
+            if options.save:
+                agent.save(folder)
+        print(story)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured so far is kept")
+    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print("poad.py:", error, file=sys.stderr)
         sys.exit(2)
+    finally:
+        if runs:
+            record = {"command": shlex.join(["python", "poad.py", *argv]), "runs": runs}
+            text = json.dumps(record, indent=1)
+            out.write_text(text.replace("Infinity", "null"))            # as JSON has it
+            print(f"numbers: {out}")
+    report(runs, out.with_name(out.name + ".png"))
 
 
 if __name__ == "__main__":
