@@ -11,6 +11,7 @@ with BAD: its critic, its advantages and its clipped ratio are per token.
     γ, γ_w     gamma, gamma_token   discount between actions, inside one       scalars
     λ, λ_w     lam, lam_token       share of later surprises that GAE passes
                                     back, between actions, inside one          scalars
+    G          returns              what an action brought, as far as known    (B, N)
     Q(o,w<,w)  q                    value of writing w after the prefix w<     (S, N, V)
     v(o,w<)    values               value of an observation and a prefix       (B, N)
     π(w|o,w<)  policy, logp         (log-)probability, (S, N, V) and, written, (B, N)
@@ -54,6 +55,10 @@ def check_table(table, mdp):
 
 
 # ------------------------------------------------- Bellman backups (tables, float64)
+
+# What BAD is, exactly, on tables small enough to solve; training calls none of this. A
+# TokenMDP numbers all beginnings of its actions, ∅ is prefix 0. child[n, w] is the prefix
+# that word w leads to from prefix n, leaf[n, w] the action that it completes, −1 if none.
 
 
 def state_values(q, policy=None, temperature=0.0):
