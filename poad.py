@@ -322,13 +322,16 @@ class Action:
     advantages: torch.Tensor = None         # (slots,) see `credit`
 
 
+# Who samples ("token" gets a credit for each token, the others one for the whole action);
+# γ_w, λ_w inside an action, as numbers or as `inside` reads them; Adam's step size; a colour
 METHODS = {
-    # who samples: "token" is credited by the token, the others by the whole action
-    # γ_w, λ_w inside an action: a number, or what stands for it in `inside`
-    # lr: Adam's step size for the LM; the last column is for pictures
+    # the softmax over a menu of Σ log p (GLAM, arXiv 2302.02662), or of that divided by the
+    # number of words (TWOSOME, arXiv 2401.14151)
     "glam": dict(policy="glam", inside=(1, 1), lr=1e-4, color="tab:purple"),
     "twosome": dict(policy="twosome", inside=(1, 1), lr=1e-3, color="tab:green"),
+    # the control: POAD's policy, one credit
     "action": dict(policy="action", inside=(1, 1), lr=1e-3, color="tab:orange"),
+    # naive token level, every token a step (Eq. 9-10), and BAD (Eq. 13-14)
     "ntpo": dict(policy="token", inside=("γ", "λ"), lr=1e-3, color="tab:red"),
     "poad": dict(policy="token", inside=(1, "1 − trust"), lr=1e-3, color="tab:blue")}
 
