@@ -270,7 +270,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     """
     logp, old_logp, advantages = selected(
         mask, logp=logp, old_logp=old_logp, advantages=advantages)
-    log_ratio = logp - old_logp
+    log_ratio = (logp - old_logp).clamp(max=20)         # e²⁰: beyond, exp overflows
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
@@ -555,7 +555,8 @@ def ppo_update(agent, optimizer, actions, config, generator):
             if not column(batch, "choice").any():           # nothing to learn
                 continue
             loss, info = minibatch_loss(agent, batch, config)
-            assert seen or info["kl"] < 1e-5, "the policy that is trained did not sample"
+            assert seen or info["kl"] < 1e-5, (
+                "the policy that is trained is not the one that sampled: TF32, bfloat16?")
             seen.append(info)
             if info["kl"] > config.kl_stop:
                 return diagnostics(seen) | {"stopped": True}
@@ -1227,6 +1228,7 @@ def main(argv=None):
         out.touch()
         if options.model == "tiny":
             torch.set_num_threads(1)                        # it is too small to share
+        print(f"{len(configs)} runs on {options.device}")
         for config in configs:
             start = load(options.model, env_fn, config.seed, "cpu", options.train_layers)
             agent = copy.deepcopy(start).to(options.device)
@@ -1254,4 +1256,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                # consoles without Greek
     main()
