@@ -580,7 +580,7 @@ FAMILIES = {                        # of LMs: with what they have of their own
     "Llama": {}, "GPT2": {}, "Bloom": {}, "Cohere": {}, "Gemma2": dict(sliding_window=4),
     "Mistral": dict(sliding_window=4), "GptOss": dict(num_local_experts=4, sliding_window=4),
     "Lfm2": dict(layer_types=["conv", "full_attention"], conv_L_cache=3),
-    "Bert": dict(pad_token_id=0)}
+    "Rwkv": dict(attention_hidden_size=32), "Bert": dict(pad_token_id=0)}
 READABLE = sorted(set(FAMILIES) - {"Bert"})
 ON_TWO_FAMILIES = pytest.mark.parametrize("family", ["GPT2", "Gemma2"])
 WITH_ALL_POLICIES = pytest.mark.parametrize("policy", ["token", "action", "glam", "twosome"])
@@ -620,7 +620,8 @@ def ids_of(text):
 def read(model, prompt, ids):
     """A plain forward pass, no padding, no cache: what it says before each of L ids, (L, ·)."""
     begin = ids_of(prompt)
-    return model(input_ids=torch.tensor([[*begin, *ids]]))[0][0, len(begin) - 1:-1]
+    out = model(input_ids=torch.tensor([[*begin, *ids]]), use_cache=False)[0]
+    return out[0, len(begin) - 1:-1]
 
 
 def brute_force(agent, prompt, menu, text):
@@ -905,7 +906,8 @@ def test_choice_is_read_off_the_trie():
     assert action.choice.nonzero().tolist() == [[1]]
 
 
-@ON_TWO_FAMILIES
+@pytest.mark.parametrize("family", ["GPT2", "Gemma2", pytest.param(
+    "Rwkv", marks=mend("its cache is changed in place, so it has no gradient"))])
 @pytest.mark.parametrize("policy", ["glam", "twosome", "token"])
 def test_score_equals_brute_force(family, policy):
     """GLAM: Σ log p over the whole vocabulary, without eos. TWOSOME: by the number of words.
@@ -1389,10 +1391,6 @@ def test_readme_has_bad_for_verl(verl, dtype):
     _, returns = verl["bad"](r, v.bfloat16(), mask.to(dtype), 0.5, 0.25)
     near(returns[mask == 1], RETURNS, "not BAD: λ inside an action, or its end elsewhere?")
     assert returns.dtype == torch.float32, "half precision is too coarse for sums"
-    turns = torch.tensor([([1] * 100 + [0] * 20) * 5])[:, :580]
-    reward = torch.eye(580)[-1:]
-    _, returns = verl["bad"](reward, 0 * reward, turns, 0.99, 0.95)  # V = 0: the advantages
-    near(returns[0, 0], (0.99 * 0.95) ** 4, "four times from turn to turn, never inside", tol=1e-5)
 
 
 def test_readme_has_verls_numbers(verl):
@@ -1527,7 +1525,7 @@ def test_food_wordings_keep_the_rules():
 
 
 def test_food_hides_what_is_out_of_sight():
-    env = make("food")
+    env = make("food", wording="short")
     env.step("walk to the microwave")
     closed = copy.deepcopy(env)
     env.step("open the microwave")
