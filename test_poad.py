@@ -822,26 +822,17 @@ def test_refuses(call):
 
 
 @pytest.mark.parametrize("call, words", [
-    (partial(small_agent, "Bert"), "^Bert.* is no causal"),
-    (lambda: small_agent("Lfm2").act(["you"]), "^Lfm2.* not write freely"),
-    (lambda: small_agent().act(["you"], [["jump", "run"]]), "cannot tell it from another")])
+    ('small_agent("Bert")', "^Bert.* is no causal"),
+    ('small_agent("Lfm2").act(["you"])', "^Lfm2.* not write freely"),
+    ('small_agent().act(["you"], [["jump", "run"]])', "cannot tell it from another")])
 def test_refuses_in_words(call, words):
     with pytest.raises(ValueError, match=words):
-        call()
+        eval(call)
 
 
 @mend("a text of a menu is stripped, so the environment does not know it")
 def test_act_says_an_entry_as_it_is():
     assert small_agent().act(["you"], [[" wait"]])[0].text == " wait"
-
-
-@mend("a RuntimeError of multinomial; nothing looks at log-probabilities")
-@pytest.mark.parametrize("menus", [[MENU], None])
-def test_refuses_log_probabilities_that_are_nan(menus):
-    agent = small_agent()
-    agent.lm.lm_head.weight.data.fill_(NAN)
-    with pytest.raises(ValueError):
-        agent.act(["you"], menus)
 
 
 @mend("e¹⁰⁰ · 0 is NaN in float32")
@@ -1022,7 +1013,8 @@ def test_config():
     # cut: G₂ = 4 + ½ v("0") = 6, G₁ = ½ (½ · 0 + ½ · 6); at the end all is known
     ([[4.0, 1.5], [0, 6]], "0", 1.0, [[1.5, 1.5], [6, 6]], 1),
     # γ_w = ½: half of 4, G₁ = ½ (½ · 0 + ½ · 2), half of ½; off by 0, 2 and by ½, 1
-    ([[0.25, 0], [0, 3]], None, 0.5, [[.25, .5], [2, 4]], 1 - 1.25 / 4)])
+    ([[0.25, 0], [0, 3]], None, 0.5, [[.25, .5], [2, 4]], 1 - 1.25 / 4)],
+    ids=["by .64", "misled", "cut", "naive"])
 def test_measure_trust_by_hand(values, after, gamma_token, returns, trust):
     """max(0, 1 − Σ (G − v(o, w<ⁿ))² / Σ (G − v(o))²); where v is NaN is no slot."""
     actions = two_actions(after)
@@ -1384,7 +1376,8 @@ NOT_YET = pytest.mark.xfail(strict=True, reason="README: diff of such a mask is 
 
 
 @pytest.mark.parametrize("dtype", [
-    torch.int64, pytest.param(torch.bool, marks=NOT_YET), pytest.param(torch.uint8, marks=NOT_YET)])
+    torch.int64, pytest.param(torch.bool, marks=NOT_YET), pytest.param(torch.uint8, marks=NOT_YET)],
+    ids=str)
 def test_readme_has_bad_for_verl(verl, dtype):
     # the stream of test_gae_by_hand, with an observation (9) after each of its two actions
     r, v, mask = torch.tensor([[[0, 2, 9, 0, 4, 9]], [[1, 2, 9, 3, 4, 9]], [[1, 1, 0, 1, 1, 0]]])
