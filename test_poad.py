@@ -23,21 +23,19 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.nn.utils.rnn import pad_sequence
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.optim import SGD
-from transformers import (
-    AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-    PreTrainedTokenizerFast)
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import envs
 import poad
 from envs import ENVS, Player, TokenMDP, lunch_mdp, make, random_mdp
 from poad import (
-    action_backup, action_policy, assign, bad_backup, bad_discounts, collect, encode_menu, gae,
-    inside, load_agent, masked_mean, menu_logp, normalize, play, ppo_policy_loss, ppo_update,
-    solve, state_values, step_size, tiny_agent, token_backup, train, value_loss, Config,
-    LanguageAgent, METHODS)
+    action_backup, action_policy, assign, bad_backup, bad_discounts, collect, column, credit,
+    encode, encode_menu, fit_critic, gae, inside, load_agent, masked_mean, measure_trust, menu_logp,
+    normalize, play, ppo_policy_loss, ppo_update, solve, state_values, tiny_agent, token_backup,
+    train, value_loss, Action, Config, LanguageAgent, METHODS)
 
 torch.set_num_threads(1)  # what is tested is small: more threads only wait for each other
 INF = math.inf
@@ -527,26 +525,11 @@ def test_ppo_policy_loss_clip_range():
 def test_value_loss_is_half_the_squared_error(dtype):
     values = t([[1, 3], [2, NAN]]).requires_grad_()
     mask = torch.tensor([[1, 1], [1, 0]]).to(dtype)
-    loss = value_loss(values, t([[9, 9], [9, INF]]), t([[0, 5], [2, NAN]]), mask)
+    loss = value_loss(values, t([[0, 5], [2, NAN]]), mask)
     near(loss, 5 / 6, "not the mean of ½ (v - R)²", {  # ½ (1 + 4 + 0) / 3
         "the ½ is missing": 5 / 3, "divided by all slots": 5 / 8})
     backward(loss)
     near(values.grad, [[1 / 3, -2 / 3], [0, 0]], "not (v - R) / n, and 0 on padding")
-
-
-@pytest.mark.parametrize("value, target, clip, expected, gradient, why", [
-    (4, 6, .5, 6.125, 0, "v counts as 2½, which is farther from 6: ½·3½², no gradient"),
-    (4, 1, .5, 4.5, 3, "v counts as 2½, which is nearer to 1: ½·3² is larger"),
-    (0, -2, .5, 6.125, 0, "v counts as 1½, which is farther from -2: ½·3½², no gradient"),
-    (2.25, 1, .5, .78125, 1.25, "v moved by ¼ only, nothing is clipped: ½·1¼²"),
-    (4, 6, 0, 8, 0, "clip = 0 is not None: v counts as 2, ½·4²")])
-def test_value_loss_clip(value, target, clip, expected, gradient, why):  # old value: 2
-    values = t([[value, NAN]]).requires_grad_()
-    rest = t([[2, NAN]]), t([[target, INF]]), torch.tensor([[1, 0]])
-    loss = value_loss(values, *rest, clip)
-    near(loss, expected, why)
-    backward(loss)
-    near(values.grad, [[gradient, 0]], f"the gradient does not follow the larger error: {why}")
 
 
 def misshapen(f, count, *rest):
@@ -560,7 +543,7 @@ def misshapen(f, count, *rest):
 
 def bad_calls():
     """Shapes that disagree, an empty mask, a policy and a temperature together."""
-    for f, count in ((masked_mean, 2), (normalize, 2), (ppo_policy_loss, 4), (value_loss, 4)):
+    for f, count in ((masked_mean, 2), (normalize, 2), (ppo_policy_loss, 4), (value_loss, 3)):
         yield partial(f, *torch.zeros(count, 2, 3))
         yield from misshapen(f, count)
     yield from misshapen(bad_discounts, 2, 0.5)
@@ -593,8 +576,13 @@ MENU = ["put the salad in the bowl", "wait", "put the bowl in the salad", "eat i
 NESTED = ["eat ice-cream", "eat ice-cream now", "wait", "eat"]          # an entry begins another
 PROMPTS = ["you", "you see the bowl", "wait", "you see the salad in the bowl"]
 MENUS = [MENU, NESTED, NESTED, ["eat the salad now"]]
-ON_BOTH_LMS = pytest.mark.parametrize("kind", ["llama", "gpt2"])
-WITH_BOTH_CRITICS = pytest.mark.parametrize("critic", ["head", "copy"])
+FAMILIES = {                        # of LMs: with what they have of their own
+    "Llama": {}, "GPT2": {}, "Bloom": {}, "Cohere": {}, "Gemma2": dict(sliding_window=4),
+    "Mistral": dict(sliding_window=4), "GptOss": dict(num_local_experts=4, sliding_window=4),
+    "Lfm2": dict(layer_types=["conv", "full_attention"], conv_L_cache=3),
+    "Rwkv": dict(attention_hidden_size=32), "Bert": dict(pad_token_id=0)}
+READABLE = sorted(set(FAMILIES) - {"Bert"})
+ON_TWO_FAMILIES = pytest.mark.parametrize("family", ["GPT2", "Gemma2"])
 WITH_ALL_POLICIES = pytest.mark.parametrize("policy", ["token", "action", "glam", "twosome"])
 
 # a token a word, but "ice-cream" is three; token 0 is a word and the padding, too
@@ -604,20 +592,20 @@ TOKENIZER = PreTrainedTokenizerFast(
     tokenizer_object=CORE, unk_token="<unk>", eos_token="<eos>", pad_token="wait")
 
 
-def small_agent(kind="llama", critic="head", spread=0.2, fresh=False, **options):
+def small_agent(family="Llama", spread=0.2, fresh=False, max_new_tokens=5, **own):
     """A random LM, the sharper the larger `spread`; a critic that is random or `fresh`, 0."""
-    sizes = dict(vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2,
-                 num_attention_heads=4, initializer_range=spread)
+    sizes = dict(
+        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=spread,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    config = getattr(transformers, f"{family}Config")(**sizes | FAMILIES[family] | own)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        if kind == "llama":
-            lm = LlamaForCausalLM(LlamaConfig(intermediate_size=64, **sizes))
-        else:
-            lm = GPT2LMHeadModel(GPT2Config(**sizes))
+        lm = AutoModelForCausalLM.from_config(config)
         lm.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
-        agent = LanguageAgent(lm, TOKENIZER, critic, **options)
+        agent = LanguageAgent(lm, TOKENIZER, max_new_tokens)
         if not fresh:
-            torch.nn.init.normal_(agent.critic["head"][-1].weight)
+            torch.nn.init.normal_(agent.head.weight)
     return agent
 
 
@@ -629,12 +617,11 @@ def ids_of(text):
     return TOKENIZER(text).input_ids
 
 
-def read(lm, prompt, ids):
-    """A plain forward pass, no padding, no cache: log p (L, V), features (L, H) before ids."""
+def read(model, prompt, ids):
+    """A plain forward pass, no padding, no cache: what it says before each of L ids, (L, ·)."""
     begin = ids_of(prompt)
-    out = lm(torch.tensor([[*begin, *ids]]), output_hidden_states=True)
-    before = slice(len(begin) - 1, -1)
-    return out.logits[0, before].log_softmax(-1), out.hidden_states[-1][0, before]
+    out = model(input_ids=torch.tensor([[*begin, *ids]]), use_cache=False)[0]
+    return out[0, len(begin) - 1:-1]
 
 
 def brute_force(agent, prompt, menu, text):
@@ -642,9 +629,9 @@ def brute_force(agent, prompt, menu, text):
     own = ids_of(text) + [EOS]
     entries = [ids_of(x) + [EOS] for x in menu]
     columns = []
-    for j, logp in enumerate(read(agent.lm, prompt, own)[0]):
+    for j, logits in enumerate(read(agent.lm, prompt, own)):
         allowed = sorted({entry[j] for entry in entries if entry[:j] == own[:j]})
-        log_pi = logp[allowed].log_softmax(-1)
+        log_pi = logits[allowed].log_softmax(-1)
         entropy = -(log_pi.exp() * log_pi).sum()
         columns.append(torch.stack([log_pi[allowed.index(own[j])], entropy]))
     return torch.stack(columns, 1)
@@ -655,8 +642,7 @@ SCORES = {                          # from log p of an entry's tokens, eos last:
     "twosome": lambda logp, text: logp[:-1].sum() / len(text.split()),
     "eos is counted": lambda logp, text: logp.sum(),
     "a mean over tokens, not over words": lambda logp, text: logp[:-1].mean(),
-    "the prompt is not read: from the second token on": lambda logp, text: logp[1:-1].sum(),
-    "only the last token": lambda logp, text: logp[-2]}
+    "the prompt is not read: from the second token on": lambda logp, text: logp[1:-1].sum()}
 
 
 def brute_score(agent, prompt, menu, name):
@@ -664,7 +650,7 @@ def brute_score(agent, prompt, menu, name):
     scores = []
     for text in menu:
         ids = ids_of(text) + [EOS]
-        logp = read(agent.lm, prompt, ids)[0][range(len(ids)), ids]
+        logp = read(agent.lm, prompt, ids).log_softmax(-1)[range(len(ids)), ids]
         scores.append(SCORES[name](logp, text))
     return torch.stack(scores)
 
@@ -676,18 +662,15 @@ def brute_policy(agent, prompt, menu, policy):
     return torch.stack([brute_force(agent, prompt, menu, text)[0].sum() for text in menu])
 
 
-def stored(actions, name):
-    return pad_sequence([getattr(action, name) for action in actions], batch_first=True)
-
-
 class Clock:
-    """Shows how often it was acted on; after two times it is over, or `cut`."""
+    """Shows how often it was acted on; after `end` times it is over, or `cut`."""
     seeds = []                                          # of all clocks
 
-    def __init__(self, name="you", cut=False, menu=MENU):
+    def __init__(self, name="you", cut=False, menu=MENU, end=2):
         self.name = name
         self.cut = cut
         self.menu = menu
+        self.end = end
 
     def reset(self, seed=None):
         self.seeds.append(seed)
@@ -696,19 +679,48 @@ class Clock:
 
     def step(self, action):
         self.clock += 1
-        end = self.clock == 2
+        end = self.clock == self.end
         info = {"menu": self.menu, "success": True}
         obs = f"{self.name} s{self.clock}"
         return obs, len(action), end and not self.cut, end and self.cut, info
 
 
-def one_step(agent, policy="token", menu=MENU):
-    """A rollout of 12 players who act once and get a reward for their words."""
-    actions = agent.act(["you s0"] * 12, [menu] * 12, policy, generator=rng())
+def one_step(agent, config):
+    """A rollout of 12 players who act once and get a reward for their words, and its credit."""
+    actions = agent.act(["you s0"] * 12, [MENU] * 12, config.policy, generator=rng())
     for action in actions:
-        action.reward = [1.0, -0.5, 0.25, 2.0][menu.index(action.text)]
+        action.reward = float(len(action.text))
         action.done = True
-    return actions, torch.zeros(12)
+    credit(agent, actions, config, measure_trust(agent, actions, config))
+    return actions
+
+
+class Told:
+    """Of the prompts "0" and "1", with two slots each: a critic that is a table of v, and a
+    policy that is a table of log π, 0 at first."""
+    def __init__(self, values):
+        self.v = torch.tensor(values)
+        self.logp = torch.zeros(2, 2, requires_grad=True)
+
+    def judge(self, prompts, prefixes):
+        return self.v[[int(prompt) for prompt in prompts]]
+
+    def values(self, prompts):
+        return self.judge(prompts, None)[:, 0]
+
+    def evaluate(self, actions, policy):
+        logp = self.logp[[int(action.prompt) for action in actions]]
+        return logp, 2 + logp                           # an entropy like any other
+
+
+ONE_PLAYER = Config(n_envs=1, n_steps=2, gamma=0.5, lam=0.5, minibatches=1)
+
+
+def two_actions(after=None):
+    """Of one player, on the prompts "0" and "1"; the second pays 4 and ends the episode."""
+    choice = torch.tensor([True, True])
+    first = Action("0", None, "eat", (6, EOS), choice, 0.0 * choice)
+    return [first, replace(first, prompt="1", reward=4.0, done=True, after=after)]
 
 
 # ------------------------------------------------------------------ language agent
@@ -733,50 +745,127 @@ def test_menu_logp_by_hand():
 
 def test_a_menu_is_a_trie():
     eat, now, wait = ids_of("eat now wait")
-    menu = encode_menu(TOKENIZER, ("eat now", "wait", "eat"))
+    menu = encode_menu(TOKENIZER, "you", ("eat now", "wait", "eat"))
     assert list(menu.entries) == [(eat, now, EOS), (wait, EOS), (eat, EOS)], "eos ends an entry"
     assert {prefix: set(after) for prefix, after in menu.trie.items()} == {
         (): {eat, wait}, (eat,): {now, EOS}, (wait,): {EOS}, (eat, now): {EOS}}
 
 
+def strange_tokenizer():
+    """It puts <bos> and ▁ before a text, as Llama 2's, and eos behind it."""
+    words = "<unk> <bos> <eos> ▁you ▁see ▁eat eat ▁".split() + ["\n"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split("▁", "merged_with_next")])
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>")
+
+
+@pytest.mark.parametrize("prompt, expected", [
+    ("you see", "<bos> ▁you ▁see ▁eat <eos>"), ("<bos>you see", "<bos> ▁you ▁see ▁eat <eos>"),
+    ("you see\n", "<bos> ▁you ▁see \n eat <eos>")])
+def test_an_entry_is_read_as_the_prompts_next_words(prompt, expected):
+    """One bos, no eos before the action, no second ▁, and no space after a line's end."""
+    tokenizer = strange_tokenizer()
+    [entry] = encode_menu(tokenizer, prompt, ("eat",)).entries
+    ids = encode(tokenizer, prompt) + entry
+    assert tokenizer.convert_ids_to_tokens(ids) == expected.split(" ")
+
+
+def mend(reason):
+    return pytest.mark.xfail(strict=True, reason=f"poad.py: {reason}")
+
+
 REFUSED = """
-    act([]) | act(["you", ""]) | act("you") | act(["you"], [[]]) | act(["you"], [["eat", ""]]) |
-    act(["you"], [["eat", "wait", "eat"]]) | act(["you"], [["ice-cream", "ice - cream"]]) |
-    act(["you"], []) | act(["you", "see"], [MENU]) | act(["you", "see"], [None, MENU]) |
-    act(["you"], [MENU], "best") | act(["you"], None, "glam") | act(["you"], None, "twosome") |
-    small_agent(critic="tail") | small_agent(max_new_tokens=0) |
+    act([]) | act(["you", ""]) | act([" "], [MENU]) | act("you") | act(["you"], [[]]) |
+    act(["you"], [["eat", ""]]) | act(["you"], [["eat", "wait", "eat"]]) | act(["you"], MENU) |
+    act(["you"], [["ice-cream", "ice - cream"]]) | 
+    act(["you"], []) | act(["you", "see"], [MENU]) | 
+    act(["you", "see"], [None, MENU]) | act(["you"], [MENU], "best") | act(["you"], None, "glam") |
+    act(["you"], None, "twosome") | act(["you " * 14], [MENU]) | act(["you " * 12]) |
+    small_agent(max_new_tokens=0) |
     LanguageAgent(None, Mock(eos_token_id=None)) | load_agent("/no/folder", Clock) |
-    load_agent("/no/model.gguf", Clock) | play(small_agent(), Clock, 0) | Config("ppo") |
-    Config(updates=0) | Config(n_envs=0) | Config(n_steps=0.5) | Config(epochs=0) |
-    Config(minibatches=-1) | Config(gamma=2) | Config(lam=-0.1) | Config(gamma_token=NAN) |
-    Config(lam_token=1.1) | Config(lr=-1.0) | Config(critic_lr=NAN) | Config(kl_stop=-1.0) |
-    act([" "], [MENU])"""
+    load_agent("/no/model.gguf", Clock) | play(small_agent(), Clock, 0) |
+    play(small_agent(), partial(Clock, end=9), 1, max_steps=3) | Config("ppo") |
+    Config(updates=-1) | Config(n_envs=0) | Config(n_steps=0.5) | Config(epochs=0) |
+    Config(minibatches=-1) | Config(n_envs=1, n_steps=3) | Config(gamma=2) | Config(lam=-0.1) |
+    Config(gamma_token=NAN) | Config(lam_token=1.1) | Config(lr=-1.0) | Config(critic_lr=NAN) |
+    Config(kl_stop=-1.0)"""
 
 
-@pytest.mark.parametrize("typed", REFUSED.split("|"))
-def test_refuses(typed):
-    act = small_agent().act
+TO_MEND = """
+    act(["you"], [MENU, MENU]) | encode_menu(strange_tokenizer(), "", ("eat",)) |
+    spoilt().act(["you"], [MENU]) | spoilt().act(["you"]) | Config(updates=0.5) |
+    poad.take_step(SGD([x], 0.1), NAN * x.sum(), Config())"""
+
+
+def spoilt():
+    agent = small_agent()
+    agent.lm.lm_head.weight.data.fill_(NAN)
+    return agent
+
+
+def calls(text, *marks):
+    return [pytest.param(" ".join(call.split()), marks=marks) for call in text.split("|")]
+
+
+@pytest.mark.parametrize("call", calls(REFUSED) + calls(TO_MEND, mend("no ValueError yet")))
+def test_refuses(call):
+    act = small_agent(max_position_embeddings=16).act
+    x = torch.zeros(1, requires_grad=True)
     with pytest.raises(ValueError):
-        eval(typed.strip(), globals(), {"act": act})
+        eval(call, globals(), {"act": act, "x": x})
 
 
-@ON_BOTH_LMS
-def test_act_and_evaluate_equal_brute_force(kind):
-    agent = small_agent(kind)
-    actions = agent.act(PROMPTS * 8, MENUS * 8, generator=rng())
-    again = torch.stack(agent.evaluate(actions, MENUS * 8), -1)             # (B, L, 3)
+@pytest.mark.parametrize("call, words", [
+    ('small_agent("Bert")', "^Bert.* is no causal"),
+    ('small_agent("Lfm2").act(["you"])', "^Lfm2.* not write freely"),
+    ('small_agent().act(["you"], [["jump", "run"]])', "cannot tell it from another")])
+def test_refuses_in_words(call, words):
+    with pytest.raises(ValueError, match=words):
+        eval(call)
+
+
+@mend("a text of a menu is stripped, so the environment does not know it")
+def test_act_says_an_entry_as_it_is():
+    assert small_agent().act(["you"], [[" wait"]])[0].text == " wait"
+
+
+@mend("e¹⁰⁰ · 0 is NaN in float32")
+def test_ppo_policy_loss_of_a_huge_ratio():
+    logp = torch.tensor([[-1.0, -1]], requires_grad=True)
+    old = torch.tensor([[-101.0, -1]])
+    backward(ppo_policy_loss(logp, old, torch.tensor([[0.0, 1]]), torch.ones(1, 2))[0])
+    near(logp.grad, [[0, -0.5]], "an advantage of 0 moves nothing")
+
+
+@pytest.mark.parametrize("x, size", [(0.3, 6), (10.1, 512)])
+def test_normalize_equal_entries_are_zero(x, size):
+    assert not normalize(torch.full((size,), x), torch.ones(size)).any()
+
+
+@pytest.mark.parametrize("family", READABLE)
+def test_act_and_evaluate_equal_brute_force(family):
+    agent = small_agent(family)
+    actions = agent.act(PROMPTS * 4, MENUS * 4, generator=rng())
+    again = torch.stack(agent.evaluate(actions), 1)                         # (B, 2, L)
+    values = poad.judge(agent, actions)
     for b, action in enumerate(actions):
         where = f"{action.text!r} after {action.prompt!r}"
+        size = len(action.ids)
         assert list(action.ids) == ids_of(action.text) + [EOS]
         expected = brute_force(agent, PROMPTS[b % 4], MENUS[b % 4], action.text)
-        features = read(agent.lm, action.prompt, action.ids)[1]
-        expected = torch.cat([expected, agent.critic["head"](features).T])
-        first = torch.stack([action.logp, action.entropy, action.values])
-        near(first, expected, f"log π, entropy and v of {where}", tol=1e-4)
-        size = len(action.ids)
-        near(again[b, :size].T, first, f"evaluate is not act: {where}", tol=1e-5)
-        assert not again[b, size:].any(), "padding is 0"
-        assert not first[:2, ~action.choice].any(), "forced: log π and entropy are 0"
+        first = torch.stack([action.logp, action.entropy])
+        near(first, expected, f"log π and entropy of {where}", tol=1e-4)
+        near(again[b, :, :size], first, f"evaluate is not act: {where}", tol=1e-5)
+        features = read(agent.body, action.prompt, action.ids)
+        near(values[b, :size], agent.head(features)[:, 0], f"v of {where}", tol=1e-4)
+        assert not again[b, :, size:].any(), "padding is 0"
+        assert not first[:, ~action.choice].any(), "forced: log π and entropy are 0"
         assert torch.equal(action.choice, expected[1] > 0)
 
 
@@ -786,16 +875,13 @@ def test_act_samples_what_it_says(policy):
     n = 1000
     log_pi = brute_policy(agent, "you", NESTED, policy)
     p = log_pi.exp()
-    near(p.sum(), 1, "Σ over the menu", tol=1e-5)
     actions = agent.act(["you"] * n, [NESTED] * n, policy, generator=rng())
     picks = torch.tensor([NESTED.index(action.text) for action in actions])
     share = picks.bincount(minlength=4) / n
     assert ((share - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all(), f"{share} is not {p}"
-    logp, entropy, values = agent.evaluate(actions, [NESTED] * n, policy)
+    logp, entropy = agent.evaluate(actions, policy)
     near(logp.sum(1), log_pi[picks], f"log π(a|o) of {policy}", tol=1e-4)
-    near(logp, stored(actions, "logp"), "stored and evaluated differ: ratio 1", tol=1e-5)
-    near(values, stored(actions, "values"), "stored and evaluated values", tol=1e-5)
-    near(values[:, 0], agent.values(["you"] * n), "v(o)", tol=1e-5)
+    near(logp, column(actions, "logp"), "stored and evaluated differ: ratio 1", tol=1e-5)
     if policy in ("glam", "twosome"):
         near(entropy[0, 0], -(p * log_pi).sum(), "entropy over the menu", tol=1e-4)
     assert policy == "token" or logp.shape == (n, 1), "one slot an action"
@@ -811,19 +897,19 @@ def test_choice_is_read_off_the_trie():
     assert action.choice.nonzero().tolist() == [[1]]
 
 
-@ON_BOTH_LMS
-@pytest.mark.parametrize("policy", ["glam", "twosome"])
-def test_score_equals_brute_force(kind, policy):
-    """GLAM: Σ log p over the whole vocabulary, without eos. TWOSOME: by the number of words."""
-    agent = small_agent(kind)
+@pytest.mark.parametrize("family", ["GPT2", "Gemma2", pytest.param(
+    "Rwkv", marks=mend("its cache is changed in place, so it has no gradient"))])
+@pytest.mark.parametrize("policy", ["glam", "twosome", "token"])
+def test_score_equals_brute_force(family, policy):
+    """GLAM: Σ log p over the whole vocabulary, without eos. TWOSOME: by the number of words.
+    Token: Σ log π, restricted to the menu, with eos."""
+    agent = small_agent(family)
     agent.train()                                       # GPT-2's dropout is on by default
     pairs = list(zip(PROMPTS, MENUS))
-    wrong = {}
+    wrong = {"token": torch.cat([brute_policy(agent, *pair, "token") for pair in pairs])}
     for name in SCORES:
         wrong[name] = torch.cat([brute_score(agent, *pair, name) for pair in pairs])
     expected = wrong.pop(policy)
-    wrong["restricted to the menu"] = torch.cat([brute_policy(agent, *x, "token") for x in pairs])
-    wrong["normalised: log π"] = torch.cat([brute_policy(agent, *x, policy) for x in pairs])
     scores = torch.cat(agent.score(PROMPTS, MENUS, policy))
     near(scores, expected, "the scores", wrong, 1e-4)
     weights = torch.arange(13.0)
@@ -833,66 +919,43 @@ def test_score_equals_brute_force(kind, policy):
         near(x.grad, y, "gradient, through a shared prompt too", tol=1e-3)
 
 
-def test_score_over_the_menu():
-    agent = small_agent()
-    expected = [brute_policy(agent, *pair, "token") for pair in zip(PROMPTS, MENUS)]
-    scores = agent.score(PROMPTS, MENUS, "token")
-    near(torch.cat(scores), torch.cat(expected), "not Σ log π, with eos", tol=1e-4)
-
-
-@ON_BOTH_LMS
-def test_free_text(kind):
-    agent = small_agent(kind, spread=0.15, max_new_tokens=5)
+@ON_TWO_FAMILIES
+def test_free_text(family):
+    agent = small_agent(family, spread=0.15)
     before = torch.get_rng_state()
     actions = agent.act(PROMPTS * 100, generator=rng())
     assert torch.equal(before, torch.get_rng_state()), "the global generator is not ours"
-    near(agent.evaluate(actions)[0], stored(actions, "logp"), "ratio 1", tol=1e-5)
-    for action in actions[:20]:
-        ids = list(action.ids)
+    near(agent.evaluate(actions)[0], column(actions, "logp"), "ratio 1", tol=1e-5)
+    for action in actions[-20:]:
+        ids = action.ids
         assert EOS not in ids[:-1] and (ids[-1] == EOS or len(ids) == 5), "eos or limit end it"
         assert action.text == TOKENIZER.decode(ids, skip_special_tokens=True)
-        expected = read(agent.lm, action.prompt, ids)[0][range(len(ids)), ids]
+        expected = read(agent.lm, action.prompt, ids).log_softmax(-1)[range(len(ids)), ids]
         near(action.logp, expected, "log p of a full forward", tol=1e-4)
     # on average log p is minus the entropy, if nothing but p decides what is written
-    surprise = (stored(actions, "logp") + stored(actions, "entropy")).sum(1)
+    surprise = (column(actions, "logp") + column(actions, "entropy")).sum(1)
     assert surprise.mean().abs() < 0.3, "temperature 1, no penalty, and all words"
-    same = agent.act(PROMPTS * 100, generator=rng())
-    assert [a.ids for a in same] == [a.ids for a in actions], "one seed, one text"
+    assert agent.act(PROMPTS * 100, generator=rng())[-1].ids == ids, "one seed, one text"
     [greedy] = agent.act(["you"], greedy=True)
-    likeliest = read(agent.lm, "you", greedy.ids)[0].amax(-1)
+    likeliest = read(agent.lm, "you", greedy.ids).log_softmax(-1).amax(-1)
     near(greedy.logp, likeliest, "greedy writes the likeliest token", tol=1e-4)
 
 
-@WITH_BOTH_CRITICS
-def test_critic(critic):
-    agent = small_agent(critic=critic)
-    actions = agent.act(PROMPTS, MENUS, generator=rng())
-    values = agent.evaluate(actions, MENUS)[2]
-    near(agent.values(PROMPTS), values[:, 0], "v(o) is that before the first token", tol=1e-5)
-    backward(values.square().sum())
-    learns = [name for name, p in agent.named_parameters() if p.grad is not None and p.grad.any()]
-    assert all(name.startswith("critic") for name in learns), "the critic trains the policy"
-    assert (len(learns) > 10) == (critic == "copy"), "a copy learns as a whole"
-    fresh = small_agent(critic=critic, fresh=True)
-    assert not fresh.values(PROMPTS).any(), "v = 0 before anything is learnt"
-
-
 @WITH_ALL_POLICIES
-def test_memory(policy):
+def test_standing_still(policy):
     agent = small_agent()
     rows = []                                           # of each reading
     agent.lm.register_forward_pre_hook(
         lambda lm, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
-    memory = {}
     plain = agent.act(PROMPTS, MENUS, policy, True)
-    agent.act(PROMPTS, MENUS, policy, True, memory=memory)
-    rows.clear()
-    second = agent.act(PROMPTS, MENUS, policy, True, memory=memory)
-    assert not rows, "what the memory holds was read again"
-    for name in ("logp", "values"):
-        near(stored(second, name), stored(plain, name), f"{name} from memory", tol=1e-5)
-    agent.evaluate(second[:1] * 9, MENUS[:1] * 9, policy)
-    assert max(rows) <= len(MENU), "equal rows are read once"
+    with agent.standing_still():
+        agent.act(PROMPTS, MENUS, policy, True)
+        rows.clear()
+        second = agent.act(PROMPTS, MENUS, policy, True)
+        assert not rows, "what is known was read again"
+    near(column(second, "logp"), column(plain, "logp"), "from memory", tol=1e-5)
+    agent.evaluate(second[:1] * 9, policy)
+    assert rows and max(rows) <= len(MENU), "read again, and equal rows once"
 
 
 # ------------------------------------------------------------------ the update
@@ -931,60 +994,105 @@ def test_assign_follows_the_method():
 
 def test_config():
     for config, numbers in (
-            (Config(), (1, 1)), (replace(Config("poad"), method="ntpo"), (.95, .95)),
-            (replace(Config("ntpo"), gamma=.9), (.9, .95)),
+            (Config(), (1, .75)), (replace(Config("poad"), method="ntpo"), (.95, .95)),
+            (Config("action"), (1, 1)), (replace(Config("ntpo"), gamma=.9), (.9, .95)),
             (Config("ntpo", gamma_token=0.0), (0, .95)), (Config(lam_token=.8), (1, .8))):
-        assert inside(config) == numbers, config
+        assert inside(config, trust=.25) == numbers, config
+    assert inside(Config()) == (1, 1), "no trust unless told"
     assert all(knob.metadata["help"] for knob in fields(Config))
     with pytest.raises(AttributeError):
         Config().gamma = 0.5
-    tiny = Mock(num_parameters=lambda: 10**5)
-    real = Mock(num_parameters=lambda: 10**8)
-    assert step_size(Config(lr=0.0), real) == 0
-    assert step_size(Config(), real) == step_size(Config(), tiny) / 6
+    assert Config(lr=0.0).step_size == 0 < Config().step_size
 
 
-@pytest.mark.parametrize("method", ["action", "poad"])
-def test_gradient_is_of_whole_actions(method):
-    """With v = 0 and one step, every token's credit Â is its action's reward, normalised over
-    choices: the loss is −mean Â log π(a) − ½ mean entropy, over actions of any length."""
-    agent = small_agent(spread=0.1, fresh=True)
-    menu = ["eat salad", "eat the bowl now", "put ice", "you see"]
-    choices = torch.tensor([1, 1, 1, 1])
-    if method == "poad":
-        choices[:2] = 2                                 # "eat" or not, then what
-    actions, last = one_step(agent, METHODS[method]["policy"], menu)
-    picks = [menu.index(action.text) for action in actions]
-    tokens = [brute_force(agent, "you s0", menu, action.text).sum(1) for action in actions]
-    log_pi, entropy = torch.stack(tokens, 1)                                # (B,) each
-    rewards = torch.tensor([action.reward for action in actions])
-    each = rewards.repeat_interleave(choices[picks])
-    credit = (rewards - each.mean()) / each.std(correction=0)
-    loss = -(credit * log_pi + entropy / 2).mean()
-    expected = torch.autograd.grad(loss, agent.lm.parameters())
-    config = Config(method, epochs=1, minibatches=1, max_grad_norm=1e9, entropy_coef=0.5)
-    info = ppo_update(agent, SGD(agent.parameters(), 0.0), (actions, last), config, rng())
-    near(info["entropy"], entropy.mean(), "entropy: summed per action", tol=1e-4)
-    for x, gradient in zip(agent.lm.parameters(), expected):
-        near(x.grad, gradient, f"gradient of {method}", tol=1e-4)
+@pytest.mark.parametrize("values, after, gamma_token, returns, trust", [
+    # G₂ = 4, G₁ = ½ (½ · 0 + ½ · 4); v(o) is off by 3 and 4, before the last slot by 3 and 0
+    ([[-2.0, NAN], [0, 4]], None, 1.0, [[1, 0], [4, 4]], 1 - 9 / 25),
+    # G₂ = 4, G₁ = ½ (½ · 4 + ½ · 4); v(o) is off by 1 and 0, at the end by 2 and 0
+    ([[1.0, 0], [4, 4]], None, 1.0, [[2, 2], [4, 4]], 0),
+    # cut: G₂ = 4 + ½ v("0") = 6, G₁ = ½ (½ · 0 + ½ · 6); at the end all is known
+    ([[4.0, 1.5], [0, 6]], "0", 1.0, [[1.5, 1.5], [6, 6]], 1),
+    # γ_w = ½: half of 4, G₁ = ½ (½ · 0 + ½ · 2), half of ½; off by 0, 2 and by ½, 1
+    ([[0.25, 0], [0, 3]], None, 0.5, [[.25, .5], [2, 4]], 1 - 1.25 / 4)],
+    ids=["by .64", "misled", "cut", "naive"])
+def test_measure_trust_by_hand(values, after, gamma_token, returns, trust):
+    """max(0, 1 − Σ (G − v(o, w<ⁿ))² / Σ (G − v(o))²); where v is NaN is no slot."""
+    actions = two_actions(after)
+    for action, v in zip(actions, torch.tensor(values)):
+        action.choice = v[~v.isnan()] < INF
+    config = replace(ONE_PLAYER, gamma_token=gamma_token)
+    near(measure_trust(Told(values), actions, config), trust, "not R²", tol=1e-6)
+    near(column(actions, "returns"), returns, "λ-returns between actions", tol=1e-6)
+    assert actions[1].reward == 4, "what was paid stays as it is"
 
 
-def test_kl_stop():
-    """The KL of an action is Σ_j ratio − 1 − log ratio; the first minibatch's is 0."""
+@pytest.mark.parametrize("kl_stop, entropy_coef, logp", [
+    (.01, 0.0, [-.1, .1]), (.011, 0.0, [-.1 - .1 * math.exp(-.1), .1 + .1 * math.exp(.1)]),
+    (.01, 0.5, [-.05, .15])])
+def test_one_update_by_hand(kl_stop, entropy_coef, logp):
+    """γ = ½, λ = 1, λ_w = 1 − ¾. The second action's slots get, from the end, 4 − 0 = 4 and
+    (0 + 3) + ¼ · 4 = 4; the first's −½ · 3 + 1½ + ½ · 4 = 2 and (−1½ + 3) + ¼ · 2 = 2."""
+    agent = Told([[-3, -1.5], [-3, 0]])
+    actions = two_actions()
+    config = replace(ONE_PLAYER, lam=1.0, epochs=2, kl_stop=kl_stop, max_grad_norm=INF,
+                     entropy_coef=entropy_coef)
+    credit(agent, actions, config, trust=0.75)
+    near(column(actions, "advantages"), [[-1, -1], [1, 1]], "mean 3, deviation 1", tol=1e-6)
+    info = ppo_update(agent, SGD([agent.logp], 0.2), actions, config, rng())
+    # two choices an action, so the loss is −2 · mean Â ratio, its gradient −½ Â ratio: the first
+    # step is ±.1 (entropy adds .2 · ½ · ½); of its two actions Σ ratio − 1 − log ratio is the KL
+    near(agent.logp, t(logp)[:, None].expand(2, 2), "log π after the update", tol=1e-6)
+    if entropy_coef == 0:
+        near(info["kl"], math.exp(.1) + math.exp(-.1) - 2, "2 (e^±.1 − 1 ∓ .1), mean", tol=1e-6)
+    assert info["stopped"] == (kl_stop == .01) and info["minibatches"] == 2
+
+
+@pytest.mark.parametrize("logp, error, words", [
+    (0.1, AssertionError, "did not sample"), (NAN, ValueError, "loss is nan")])
+def test_ppo_update_refuses(logp, error, words):
+    agent = Told([[0.0, 0], [0, 0]])
+    actions = two_actions()
+    credit(agent, actions, ONE_PLAYER, 0.0)
+    agent.logp.data.fill_(logp)
+    with pytest.raises(error, match=words):
+        ppo_update(agent, SGD([agent.logp], 0.1), actions, ONE_PLAYER, rng())
+
+
+def test_ppo_update_makes_as_many_minibatches_as_asked():
+    agent = Told([[0.0, 0], [0, 0]])
+    actions = (two_actions() * 3)[:5]
+    config = replace(ONE_PLAYER, n_steps=5, minibatches=4, epochs=3)
+    credit(agent, actions, config, 0.0)
+    info = ppo_update(agent, SGD([agent.logp], 0.0), actions, config, rng())
+    assert info["minibatches"] == 12 and not info["stopped"]
+
+
+@pytest.mark.parametrize("policy_learns", [True, False])
+def test_each_loss_has_its_own_weights(policy_learns):
     agent = small_agent()
-    actions, last = one_step(agent)
-    config = Config(minibatches=1, kl_stop=1e-6)
-    info = ppo_update(agent, SGD(agent.parameters(), 1.0), (actions, last), config, rng())
-    assert info["minibatches"] == 2, "the second is above kl_stop and takes no step"
-    log_ratio = agent.evaluate(actions, [MENU] * 12)[0] - stored(actions, "logp")
-    kl = (log_ratio.exp() - 1 - log_ratio).sum(1).mean()
-    near(info["kl"], kl, "kl is the last minibatch's", tol=1e-4)
-    agent = small_agent()
-    config = replace(config, kl_stop=INF)
-    info = ppo_update(agent, SGD(agent.parameters(), 1.0), one_step(agent), config, rng())
-    assert info["minibatches"] == 3 and info["kl"] > 1e-6 and kl > 1e-6
-    with pytest.raises(AssertionError):                 # another policy has sampled
-        ppo_update(agent, SGD(agent.parameters(), 0.0), (actions, last), config, rng())
+    config = Config(n_envs=12, n_steps=1)
+    actions = one_step(agent, config)
+    loss, _ = poad.minibatch_loss(agent, actions, config)
+    if not policy_learns:
+        target = column(actions, "returns")
+        loss = value_loss(poad.judge(agent, actions), target, poad.written(actions))
+    backward(loss)
+    for name, x in agent.named_parameters():
+        learns = x.grad is not None and bool(x.grad.any())
+        assert learns == (name.startswith("lm.") == policy_learns), name
+
+
+def test_fit_critic():
+    agent = small_agent(fresh=True)
+    assert not agent.values(PROMPTS).any(), "v = 0 before anything is learnt"
+    actions = agent.act(PROMPTS[:2], [["eat now"], ["wait"]])
+    actions[0].returns = torch.tensor([0.5, 1, 2])
+    actions[1].returns = torch.tensor([-0.5, -1])
+    optimizer = torch.optim.Adam([*agent.body.parameters(), *agent.head.parameters()], 0.02)
+    loss = fit_critic(agent, optimizer, actions, Config(critic_steps=60), rng())
+    values = poad.judge(agent, actions) * poad.written(actions)
+    near(values, [[0.5, 1, 2], [-0.5, -1, 0]], "what it was told, before every token", tol=0.2)
+    near(loss, 0, "the last loss", tol=0.02)
 
 
 # ------------------------------------------------------------------ playing and training
@@ -993,41 +1101,34 @@ def test_kl_stop():
 @pytest.mark.parametrize("cut", [False, True])
 def test_collect(cut):
     """Two players, three steps; episodes of two steps, which are over or cut."""
-    agent = small_agent()
     players = [Player(Clock(name, cut)) for name in ("you", "see")]
-    config = Config(n_envs=2, n_steps=3, gamma=0.5)
-    actions, last = collect(agent, players, config, rng(), [])
+    episodes = []
+    actions = collect(small_agent(), players, Config(n_envs=2, n_steps=3), rng(), episodes)
     order = ["you s0", "you s1", "you s0", "see s0", "see s1", "see s0"]
     assert [action.prompt for action in actions] == order, "player by player, step by step"
-    assert [action.done for action in actions] == [False, True, False] * 2
-    paid = torch.tensor([float(len(action.text)) for action in actions])
+    assert [action.done for action in actions] == [False, True, True] * 2
+    after = [None, None, "you s1", None, None, "see s1"]    # the rollout's end cuts, too
     if cut:
-        paid[[1, 4]] += 0.5 * agent.values(["you s2", "see s2"])
-    near([a.reward for a in actions], paid, "only a time limit pays γ v(o_next)", tol=1e-5)
-    near(last, agent.values(["you s1", "see s1"]), "values of what is seen now", tol=1e-5)
+        after[1::3] = ["you s2", "see s2"]
+    assert [action.after for action in actions] == after
+    paid = [len(action.text) for action in actions]
+    assert [action.reward for action in actions] == paid and len(episodes) == 2
 
 
-@WITH_BOTH_CRITICS
-@pytest.mark.parametrize("method, expected", [
-    ("poad", [[2, 2, 2], [-1, -1, 0]]), ("ntpo", [[0.5, 1, 2], [-0.5, -1, 0]]),
-    ("action", [[2], [-1]]), ("glam", [[2], [-1]])])
-def test_fit_critic(critic, method, expected):
-    """γ_w is 1, for naive ½; the returns at the ends of three and of two tokens are 2 and -1."""
-    agent = small_agent(critic=critic, fresh=True)
-    config = Config(method, gamma=0.5, critic_steps=60)
-    menus = [["eat now"], ["wait"]]
-    actions = agent.act(PROMPTS[:2], menus, config.policy)
-    for action, returns in zip(actions, ([9.0, 9.0, 2.0], [9.0, -1.0])):
-        action.returns = torch.tensor(returns)[-len(action.choice):]
-    optimizer = torch.optim.Adam(agent.parameters(), lr=0.02)
-    logits = agent.lm(torch.tensor([[3]])).logits
-    poad.take_step(optimizer, logits.square().sum(), config)                # gives Adam momentum
-    policy = copy.deepcopy(agent.lm.state_dict())
-    poad.fit_critic(agent, optimizer, actions, config, rng())
-    _, _, values = agent.evaluate(actions, menus, config.policy)
-    near(values * poad.written(actions), expected, "γ_w^(n − j) R_n before every token", tol=0.2)
-    for name, x in agent.lm.state_dict().items():
-        assert torch.equal(x, policy[name]), f"{name}: the policy must stand still"
+@pytest.mark.parametrize("steps, moves", [(0, False), (30, True)])
+def test_train_fits_the_critic_before_it_judges(monkeypatch, steps, moves):
+    """λ_w = 0: a choice gets v after it − v before it, which is 0 for a critic that is new."""
+    seen = []
+
+    def trusting(*args):
+        seen.append(measure_trust(*args))
+        return 1.0
+    monkeypatch.setattr(poad, "measure_trust", trusting)
+    config = Config(updates=1, n_envs=4, n_steps=3, critic_steps=steps, entropy_coef=0.0)
+    [metrics] = train(small_agent(fresh=True), Clock, config)
+    assert (metrics["kl"] > 1e-5) == moves, "the critic judges after it was fitted"
+    assert seen == [0.0], "trust is measured on what the critic has not read yet"
+    assert metrics["trust"] == 1
 
 
 def test_train_fits_the_critic_on_four_rollouts(monkeypatch):
@@ -1042,10 +1143,11 @@ def test_train_where_nothing_can_be_chosen(method):
     """One-entry menus, "eat now" and eos, which pays 7 twice: only the critic learns."""
     agent = small_agent()
     before = copy.deepcopy(agent)
-    config = Config(method, updates=2, n_envs=2, n_steps=3)
+    config = Config(method, updates=2, n_envs=2, n_steps=3, critic_steps=2)
     _, metrics = train(agent, partial(Clock, menu=["eat now"]), config)
-    expected = dict(update=2, env_steps=12, episodes=6, return_mean=14, success_rate=1)
-    assert expected.items() <= metrics.items() and metrics["tokens"] == 18 and metrics["kl"] == 0
+    expected = dict(update=2, env_steps=12, episodes=6, return_mean=14, success_rate=1,
+                    return_mean_error=0, minibatches=0, kl=0, stopped=False)
+    assert expected.items() <= metrics.items()
     assert all(math.isfinite(x) for x in metrics.values())
     near(agent.lm.lm_head.weight, before.lm.lm_head.weight, "the LM must stand still")
     assert not torch.equal(agent.values(PROMPTS), before.values(PROMPTS)), "the critic learns"
@@ -1054,20 +1156,40 @@ def test_train_where_nothing_can_be_chosen(method):
 def test_train_repeats_itself():
     runs = []
     for seed in (0, 0, 1):
-        config = Config(updates=2, n_envs=2, n_steps=1, seed=seed, critic_steps=2)
+        config = Config(updates=2, n_envs=4, n_steps=1, seed=seed, critic_steps=2)
         runs.append(list(train(small_agent(), Clock, config)))
         for metrics in runs[-1]:
             metrics.pop("seconds")
     assert runs[0] == runs[1] and runs[0] != runs[2], "one seed, one run"
     first, second = runs[0]
     assert first["return_mean"] is None, "no episode has ended"
-    assert second["episodes"] == 2 and second["return_mean"] > 0
+    assert second["episodes"] == 4 and second["return_mean"] > 0
+
+
+START = "you", {"menu": MENU}
+END = {"menu": MENU, "success": True}
+
+
+@pytest.mark.parametrize("reset, step, words", [
+    ("you see", None, "reset must return"), ((np.zeros(3), {}), None, "expected a text"),
+    (("you", {"menu": "wait"}), None, "list of texts"),
+    (START, ("you", 1.0, True, END), "step must return"),
+    (START, ("you", 1.0, True, False, {"menu": MENU}), "success"),
+    (START, ("", 1.0, False, True, END), "expected a text"),
+    (START, ("you", None, True, False, END), "reward is None"),
+    (START, ("you", NAN, True, False, END), "reward is nan")])
+def test_own_environment_is_told(reset, step, words):
+    env = Mock()
+    env.reset.return_value = reset
+    env.step.return_value = step
+    with pytest.raises(ValueError, match=words):
+        list(train(small_agent(), lambda: env, Config(updates=1)))
 
 
 def test_play():
     agent = small_agent(spread=0.1)
     Clock.seeds.clear()
-    list(train(agent, Clock, Config(updates=1, n_envs=3, n_steps=4)))
+    list(train(agent, Clock, Config(updates=1, n_envs=3, n_steps=4, critic_steps=0)))
     trained = set(Clock.seeds) - {None}
     Clock.seeds.clear()
     played, story = play(agent, Clock, 40)
@@ -1094,7 +1216,8 @@ def test_poad_learns_to_serve_and_naive_does_not():
     served = {}
     for method in ("poad", "ntpo"):
         agent = copy.deepcopy(start)
-        list(train(agent, env_fn, Config(method, updates=7, n_envs=8, n_steps=8, lr=1e-3)))
+        config = Config(method, updates=7, n_envs=8, n_steps=8, critic_steps=20)
+        list(train(agent, env_fn, config))
         served[method] = sum(success for _, success in play(agent, env_fn, 100)[0])
     assert served["poad"] >= 90 and served["ntpo"] <= 10, served
 
@@ -1106,7 +1229,8 @@ def test_poad_learns_to_serve_and_naive_does_not():
 def cli(monkeypatch, tmp_path):
     """main in an empty folder, on lunch, in small; it uses `cli.tiny_lm`, hardly pre-trained."""
     def run(typed):
-        poad.main(("--env lunch --n_envs 2 --epochs 1 " + typed).split())
+        small = "--env lunch --n_envs 2 --epochs 1 --minibatches 1 --critic_steps 2 "
+        poad.main((small + typed).split())
     run.tiny_lm = Mock(side_effect=lambda env_fn, seed, *_: envs.tiny_lm(env_fn, seed, 2))
     monkeypatch.setattr(poad, "tiny_lm", run.tiny_lm)
     monkeypatch.chdir(tmp_path)
@@ -1121,47 +1245,50 @@ def runs_in(path):
 
 
 def test_command_line(cli, tmp_path, capsys):
-    cli("--updates 1 --seed 4 --seeds 2 --method poad,glam --kl_stop inf --out new/x.json")
+    cli("--updates 1 --seed 4 --seeds 2 --method poad,glam --kl_stop inf --out new/x0.1")
     told = []
-    for run in runs_in(tmp_path / "new/x.json"):
+    for run in runs_in(tmp_path / "new/x0.1"):
         config = run["config"]
         told.append((config["method"], config["seed"]))
         assert len(run["metrics"]) == 1 and run["exam"]["episodes"] == 100
         assert config["n_steps"] == poad.PRESETS["lunch"]["n_steps"] != Config().n_steps
+        assert config["lr"] == METHODS[config["method"]]["lr"]
     assert sorted(told) == [("glam", 4), ("glam", 5), ("poad", 4), ("poad", 5)]
-    assert (tmp_path / "new/x.png").stat().st_size > 1000
-    assert capsys.readouterr().out.count("±") == 4, "a table, two numbers for each method"
+    assert (tmp_path / "new/x0.1.png").stat().st_size > 1000
+    said = capsys.readouterr().out
+    assert said.count("±") == 4, "a table, two numbers for each method"
+    assert "→" in said and "salad" in said, "a transcript"
 
 
 @pytest.mark.parametrize("typed", [
     "--env dinner", "--wording long", "--method ppo", "--method glam --env scikit", "--colour red",
-    "--updates many", "--updates 0", "--gamma 2", "--seeds 0", "--device cuda:99",
-    "--model /no/such", "--env_options guests=1", "--env orders --env_options slots",
-    "--critic tail", "--train_layers -1", "--out .", "--out /dev/null/x", "--save /dev/null/x"])
+    "--updates many", "--updates -1", "--gamma 2", "--seeds 0", "--device cuda:99",
+    "--minibatches 99", "--model /no/such", "--env_options guests=1",
+    "--env orders --env_options slots", "--train_layers -1", "--out /dev/null/x",
+    "--save /dev/null/x", pytest.param("--out .", marks=mend("touch() of a folder succeeds"))])
 def test_command_line_refuses_in_one_line(cli, capsys, typed):
     with pytest.raises(SystemExit) as stop:
         cli(typed)
     said = capsys.readouterr().err
-    if isinstance(stop.value.code, str):                # Python prints it and exits with 1
-        said = said + stop.value.code
-    assert stop.value.code and len(said.strip().splitlines()) == 1, said
-    cli.tiny_lm.assert_not_called()
+    assert stop.value.code == 2 and len(said.strip().splitlines()) == 1, said
+    assert not cli.tiny_lm.called or "layers" in typed, "only then an LM must be made first"
 
 
 def test_command_line_builds_the_environment():
-    typed = "--env orders --env_options slots=2,words=3,guests=1 --critic_steps 5"
+    typed = "--env orders --env_options slots=2,words=3,guests=1 --critic_steps 5 --lam_token 0.8"
     env_fn, configs = poad.prepare(poad.parse(typed.split()))
     assert len(env_fn().menu()) == 9 and "no more" in env_fn().reset(seed=0)[0]
-    assert all(config.critic_steps == 5 and config.lr == 1e-3 for config in configs)
-    env_fn, [config, *_] = poad.prepare(poad.parse(["--env_options", "item=pizza"]))
-    assert "pizza" in env_fn().reset(seed=0)[0] and config.wording == "long"
+    assert all(config.critic_steps == 5 for config in configs)
+    assert inside(configs[-1], trust=0.9) == (1, 0.8), "what is typed goes before what is measured"
+    env_fn, _ = poad.prepare(poad.parse(["--env_options", "item=pizza"]))
+    assert "pizza" in env_fn().reset(seed=0)[0]
 
 
 def test_command_line_help(cli, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         cli("--help")
     said = capsys.readouterr().out
-    assert all(f"--{knob.name} " in said for knob in fields(Config))
+    assert stop.value.code == 0 and all(f"--{knob.name} " in said for knob in fields(Config))
 
 
 def test_command_line_keeps_what_was_measured(cli, tmp_path, monkeypatch):
@@ -1173,36 +1300,46 @@ def test_command_line_keeps_what_was_measured(cli, tmp_path, monkeypatch):
     [run] = runs_in(tmp_path / "runs/lunch.json")
     assert len(run["metrics"]) == 2 and run["exam"] is None
     assert run["metrics"][0]["return_mean"] is None, "no episode has ended"
-    assert (tmp_path / "runs/lunch.png").exists()
+    assert (tmp_path / "runs/lunch.json.png").exists()
 
 
-def test_command_line_saves_and_plays(cli, capsys):
-    cli("--method poad --updates 1 --n_steps 1 --train-layers 1 --critic copy --save kept")
-    weights = torch.load("kept/poad-0/critic.pt")
-    assert any(name.startswith("lm.") for name in weights), "the critic has no copy of the LM"
-    capsys.readouterr()
-    cli("--method poad --model kept/poad-0 --eval 2")
-    said = capsys.readouterr().out
-    assert "→" in said and "salad" in said and said.count("success_rate") >= 2, said
+@mend("a report of no runs")
+def test_command_line_interrupted_before_anything_was_measured(cli):
+    cli.tiny_lm.side_effect = KeyboardInterrupt
+    cli("--method poad")
 
 
-@ON_BOTH_LMS
-@WITH_BOTH_CRITICS
-def test_save_and_load(tmp_path, kind, critic):
-    agent = small_agent(kind, critic)
+def test_command_line_saves_and_examines(cli, capsys):
+    cli("--method poad --updates 1 --n_steps 1 --train-layers 1 --save kept")
+    cli("--method poad --updates 0 --model kept/poad-0 --out again.json")
+    [run] = runs_in(Path("again.json"))
+    assert run["metrics"] == [] and run["exam"]["episodes"] == 100
+    assert cli.tiny_lm.call_count == 1, "the second LM is the first one's"
+
+
+def test_summary_and_interval():
+    # ±1 around 2 and ±½ around ½, by √2 episodes; two seeds: t = 12.71, √2 / √2
+    numbers = poad.summary([(1.0, 1.0), (3.0, 0.0)])
+    near(numbers["return_mean_error"], .5 ** .5, "the standard error of the mean")
+    assert poad.interval([1, 3]) == "2.00 ± 12.71" and poad.interval([0.5]) == "0.50"
+
+
+def test_save_and_load(tmp_path):
+    agent = small_agent()
     agent.save(tmp_path)
     loaded = load_agent(str(tmp_path), Clock, train_layers=1)
     near(loaded.values(PROMPTS), agent.values(PROMPTS), "the critic", tol=1e-6)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     for lm in (loaded.lm, plain):
-        near(read(lm, "you", [3])[0], read(agent.lm, "you", [3])[0], "log-probs", tol=1e-6)
-    list(train(loaded, Clock, Config(updates=1, n_envs=2, n_steps=2, lr=0.01)))
-    for name, x in loaded.lm.state_dict().items():
-        same = torch.equal(x, agent.lm.state_dict()[name])
-        assert same == (".1." not in name), f"{name}: only the last layer learns"
-    for name, x in loaded.critic.named_parameters():
-        learns = name.startswith("head") or ".1." in name
-        assert x.requires_grad == learns, f"{name}: of a copy, too, the last layer only"
+        near(read(lm, "you", [3]), read(agent.lm, "you", [3]), "logits", tol=1e-5)
+    list(train(loaded, Clock, Config(updates=1, n_envs=2, n_steps=2, lr=0.01, critic_steps=2)))
+    for name, x in loaded.state_dict().items():
+        same = torch.equal(x, agent.state_dict()[name])
+        learns = ".1." in name or name.startswith("head")
+        assert same != learns, f"{name}: the last layer learns, and the critic's head"
+    (tmp_path / "critic.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="cannot load"):
+        load_agent(str(tmp_path), Clock)
 
 
 def readme_block(word):
@@ -1219,8 +1356,9 @@ def test_readme_environment_runs(cli, capsys):
     assert last.startswith("5 ")
 
 
-def test_readme_has_bad_for_verl(monkeypatch):
-    """The README's module: BAD; and the numbers of verl's own GAE if γ_w = γ and λ_w = λ."""
+@pytest.fixture
+def verl(monkeypatch):
+    """What the README's module says; verl's `bad` is in it, and so is what verl then calls."""
     def masked_whiten(x, mask):  # verl's: the variance has N - 1
         entries = x[mask == 1]
         return (x - entries.mean()) * torch.rsqrt(entries.var() + 1e-8)
@@ -1228,31 +1366,39 @@ def test_readme_has_bad_for_verl(monkeypatch):
     functional = Mock(masked_whiten=masked_whiten)
     monkeypatch.setitem(sys.modules, "verl.trainer.ppo", ppo)
     monkeypatch.setitem(sys.modules, "verl.utils.torch_functional", functional)
-    code = readme_block("core_algos")
     space = {}
-    exec(code, space)
-    bad = ppo.core_algos.compute_gae_advantage_return
+    exec(readme_block("core_algos"), space)
+    assert ppo.core_algos.compute_gae_advantage_return is space["bad"]
+    return space
+
+
+NOT_YET = pytest.mark.xfail(strict=True, reason="README: diff of such a mask is xor, or wraps")
+
+
+@pytest.mark.parametrize("dtype", [
+    torch.int64, pytest.param(torch.bool, marks=NOT_YET), pytest.param(torch.uint8, marks=NOT_YET)],
+    ids=str)
+def test_readme_has_bad_for_verl(verl, dtype):
     # the stream of test_gae_by_hand, with an observation (9) after each of its two actions
     r, v, mask = torch.tensor([[[0, 2, 9, 0, 4, 9]], [[1, 2, 9, 3, 4, 9]], [[1, 1, 0, 1, 1, 0]]])
-    _, returns = bad(r, v.bfloat16(), mask, 0.5, 0.25)
+    _, returns = verl["bad"](r, v.bfloat16(), mask.to(dtype), 0.5, 0.25)
     near(returns[mask == 1], RETURNS, "not BAD: λ inside an action, or its end elsewhere?")
     assert returns.dtype == torch.float32, "half precision is too coarse for sums"
-    turns = torch.tensor([([1] * 100 + [0] * 20) * 5])[:, :580]
-    reward = torch.eye(580)[-1:]
-    _, returns = bad(reward, 0 * reward, turns, 0.99, 0.95)  # V = 0: they are the advantages
-    near(returns[0, 0], (0.99 * 0.95) ** 4, "four times from turn to turn, never inside", tol=1e-5)
-    # made by verl's own functions with γ = .9, λ = .8; masked slots hold values, too
-    r = t([[0, -300, 535, -300, -300, -300, 0, 0, -300, -300],
-           [-120, 970, -300, -300, 533, 2332, 682, 0, -300, -300]]) / 1000
-    v = t([[-4474, -1007, 143, 1019, -559, 288, 916, -2310, 1908, 967],
-           [-1953, -1687, -1100, 359, -1149, 1801, 386, -432, 795, 393]]) / 1000
-    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 1, 1]])
-    right = [.244343, -.212318, -1.216087, -.166118, -.534574, -1.523242, -.970826, 1.168329,
-             1.477668, .851753, .406974, 1.987441, .282852, -.192162, -.955798, -.648236]
-    space["bad_discounts"] = lambda end, done, gamma: bad_discounts(end, done, gamma, gamma)
-    advantages, _ = bad(
+
+
+def test_readme_has_verls_numbers(verl):
+    """Those of verl's own GAE if γ_w = γ and λ_w = λ."""
+    # made by verl's own functions with γ = .9, λ = .8; the masked slot holds a value, too
+    r = t([[-120, 970, -300, -300, 533, 2332, 682, 0, -300, -300]]) / 1000
+    v = t([[-1953, -1687, -1100, 359, -1149, 1801, 386, -432, 795, 393]]) / 1000
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 1, 1]])
+    right = t([1.168329, 1.477668, .851753, .406974, 1.987441, .282852, -.192162, -.955798,
+               -.648236])
+    verl["bad_discounts"] = lambda end, done, gamma: bad_discounts(end, done, gamma, gamma)
+    advantages, _ = verl["bad"](
         token_level_rewards=r, values=v, response_mask=mask, gamma=0.9, lam=0.8)  # as verl calls it
-    near(advantages[mask == 1], right, "not verl's own GAE, whitened", tol=1e-5)
+    right = (right - right.mean()) / right.std()        # with its other row it was whitened
+    near(advantages[mask == 1], right, "not verl's own GAE, whitened", tol=1e-4)
 
 
 # ------------------------------------------------------------------ tabular environments
@@ -1372,7 +1518,7 @@ def test_food_wordings_keep_the_rules():
 
 
 def test_food_hides_what_is_out_of_sight():
-    env = make("food")
+    env = make("food", wording="short")
     env.step("walk to the microwave")
     closed = copy.deepcopy(env)
     env.step("open the microwave")
