@@ -262,7 +262,8 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
 
     logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, often .1-.3.
     → loss, and without gradient "kl", the mean of ratio − 1 − log ratio (an estimate of
-    KL(π_old, π)), and "clip_fraction", the share of |ratio − 1| > ε.
+    KL(π_old, π)), and "clip_fraction", the share of |ratio − 1| > ε. A log ratio above 20
+    counts as 20, lest exp overflows.
     >>> new = torch.tensor([[1.5, 0.5]]).log()
     >>> one = torch.ones(1, 2)
     >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)   # −(1.2 + .5) / 2
@@ -270,7 +271,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     """
     logp, old_logp, advantages = selected(
         mask, logp=logp, old_logp=old_logp, advantages=advantages)
-    log_ratio = (logp - old_logp).clamp(max=20)         # e²⁰: beyond, exp overflows
+    log_ratio = (logp - old_logp).clamp(max=20)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
@@ -366,8 +367,10 @@ class Config:
     def __post_init__(self):
         require(self.method in METHODS, f"{self.method!r} is no method of {list(METHODS)}")
         counts = self.n_envs, self.n_steps, self.epochs, self.minibatches
-        require(all(isinstance(x, int) and x >= 1 for x in counts),
-                "n_envs, n_steps, epochs and minibatches are whole numbers, at least 1")
+        whole = *counts, self.updates, self.critic_steps
+        require(all(isinstance(x, int) for x in whole) and min(counts) >= 1,
+                "updates, critic_steps, n_envs, n_steps, epochs and minibatches are whole "
+                "numbers, the last four at least 1")
         require(self.minibatches <= self.n_envs * self.n_steps,
                 "there are more minibatches than actions, n_envs × n_steps")
         shares = self.gamma, self.lam, self.gamma_token, self.lam_token
@@ -535,8 +538,6 @@ def minibatch_loss(agent, batch, config):
     choices_per_action = choice.sum() / len(batch)
     entropy = entropy.sum(1).mean()
     loss = choices_per_action * policy_loss - config.entropy_coef * entropy
-    require(loss.isfinite(), f"the policy's loss is {loss.item()}: see rewards, step size, "
-            "and the LM's precision")
     info["kl"] = choices_per_action * info["kl"]
     info["entropy"] = entropy
     return loss, {name: x.item() for name, x in info.items()}
@@ -555,8 +556,8 @@ def ppo_update(agent, optimizer, actions, config, generator):
             if not column(batch, "choice").any():           # nothing to learn
                 continue
             loss, info = minibatch_loss(agent, batch, config)
-            assert seen or info["kl"] < 1e-5, (
-                "the policy that is trained is not the one that sampled: TF32, bfloat16?")
+            assert seen or not info["kl"] > 1e-5, (
+                "the policy that is trained did not sample: read with TF32, bfloat16?")
             seen.append(info)
             if info["kl"] > config.kl_stop:
                 return diagnostics(seen) | {"stopped": True}
@@ -569,7 +570,9 @@ def take_step(optimizer, loss, config):
     optimizer.zero_grad()
     loss.backward()
     for group in optimizer.param_groups:
-        nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
+        require(norm.isfinite(), f"the loss is {loss.item()}, the norm of its gradient {norm}: "
+                "see step sizes and the LM's precision")
     optimizer.step()
 
 
@@ -597,7 +600,7 @@ def encode(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=not brings_bos).input_ids
     if ids[-1:] == [tokenizer.eos_token_id]:
         ids.pop()
-    require(ids, f"the tokenizer makes no token of {text!r}")
+    require(ids and text.strip(), f"the tokenizer makes no token of {text!r}")
     return tuple(ids)
 
 
@@ -684,7 +687,7 @@ class LanguageAgent(nn.Module):
         self.tokenizer = tokenizer
         self.memory = None                                  # see `standing_still`
         lm.generation_config = GenerationConfig(            # no habits of a checkpoint
-            do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+            do_sample=True, top_k=0, top_p=1.0, temperature=1.0, remove_invalid_values=True,
             max_new_tokens=max_new_tokens, eos_token_id=self.eos, pad_token_id=self.eos)
         self.body = copy.deepcopy(lm.base_model)            # frozen layers stay frozen
         self.eval()
@@ -755,7 +758,8 @@ class LanguageAgent(nn.Module):
         def step(model, ids, mask):
             positions = (mask.cumsum(1) - 1).clamp(min=0)   # do not count the padding
             positions = positions[:, -ids.shape[1]:]
-            return model(ids, attention_mask=mask, position_ids=positions, cache=cache)[0]
+            return model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache)[0]
 
         step(model.base_model, ids[:, :-1], mask[:, :-1])
         cache.batch_select_indices(owner)
@@ -821,6 +825,8 @@ class LanguageAgent(nn.Module):
             logits = logits.gather(1, options)
         log_pi = menu_logp(logits, allowed)
         logp = log_pi[range(len(tokens)), tokens]                           # (M,)
+        require(not logp.isnan().any(), "the LM's log-probabilities are NaN: see step size "
+                "and precision")
         slots = torch.stack([logp, entropy_of(log_pi)], 1).cpu()            # (M, 2)
         return slots.split([len(ids) for ids in actions])
 
@@ -901,6 +907,7 @@ class LanguageAgent(nn.Module):
         if menus[0] is None:
             actions = self._write_freely(prompts, greedy, generator)
             texts = self.tokenizer.batch_decode(actions, skip_special_tokens=True)
+            texts = [text.strip() for text in texts]
         else:
             log_pi = self._menu_policy(prompts, menus, policy)              # (B, A)
             pick = log_pi.argmax(-1)
@@ -915,7 +922,7 @@ class LanguageAgent(nn.Module):
                 choice = torch.tensor([len(x) > 1 for x in menu.options(ids)])
             if policy != "token":
                 choice = choice.any(0, keepdim=True)
-            records.append(Action(prompt, menu, text.strip(), ids, choice))
+            records.append(Action(prompt, menu, text, ids, choice))
         logp, entropy = self.evaluate(records, policy)
         fill(records, logp=logp, entropy=entropy)
         return records
@@ -1155,7 +1162,8 @@ def prepare(options):
         methods = options.method.split(",")
     require(set(methods) <= set(able), f"--method {options.method}: {options.env} can be "
             f"learnt by {', '.join(able)} (glam and twosome need a menu)")
-    require(options.seeds >= 1, f"--seeds is {options.seeds}, expected at least 1")
+    require(options.seeds >= 1 and options.train_layers >= 0,
+            "--seeds is at least 1, --train_layers at least 0")
     try:
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -1225,7 +1233,7 @@ def main(argv=None):
         out = Path(options.out or f"runs/{options.env}.json")
         for folder in (out.parent, Path(options.save)):     # Path("") is here
             folder.mkdir(parents=True, exist_ok=True)
-        out.touch()
+        out.open("a").close()                               # if it can fail, it fails now
         if options.model == "tiny":
             torch.set_num_threads(1)                        # it is too small to share
         print(f"{len(configs)} runs on {options.device}")
@@ -1236,7 +1244,7 @@ def main(argv=None):
             runs.append({"config": used, "exam": None, "metrics": []})
             folder = Path(options.save) / f"{config.method}-{config.seed}"
             if options.save:
-                agent.save(folder)                          # if it can fail, it fails now
+                agent.save(folder)                          # the same
             story = run(agent, env_fn, config, runs[-1])
             if options.save:
                 agent.save(folder)
@@ -1252,7 +1260,8 @@ def main(argv=None):
             text = json.dumps(record, indent=1)
             out.write_text(text.replace("Infinity", "null"))            # as JSON has it
             print(f"numbers: {out}")
-    report(runs, out.with_name(out.name + ".png"))
+    if runs:
+        report(runs, out.with_name(out.name + ".png"))
 
 
 if __name__ == "__main__":

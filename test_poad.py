@@ -776,10 +776,6 @@ def test_an_entry_is_read_as_the_prompts_next_words(prompt, expected):
     assert tokenizer.convert_ids_to_tokens(ids) == expected.split(" ")
 
 
-def mend(reason):
-    return pytest.mark.xfail(strict=True, reason=f"poad.py: {reason}")
-
-
 REFUSED = """
     act([]) | act(["you", ""]) | act([" "], [MENU]) | act("you") | act(["you"], [[]]) |
     act(["you"], [["eat", ""]]) | act(["you"], [["eat", "wait", "eat"]]) | act(["you"], MENU) |
@@ -794,11 +790,7 @@ REFUSED = """
     Config(updates=-1) | Config(n_envs=0) | Config(n_steps=0.5) | Config(epochs=0) |
     Config(minibatches=-1) | Config(n_envs=1, n_steps=3) | Config(gamma=2) | Config(lam=-0.1) |
     Config(gamma_token=NAN) | Config(lam_token=1.1) | Config(lr=-1.0) | Config(critic_lr=NAN) |
-    Config(kl_stop=-1.0)"""
-
-
-TO_MEND = """
-    act(["you"], [MENU, MENU]) | encode_menu(strange_tokenizer(), "", ("eat",)) |
+    Config(kl_stop=-1.0) | act(["you"], [MENU, MENU]) | encode_menu(strange_tokenizer(), "", ("eat",)) |
     spoilt().act(["you"], [MENU]) | spoilt().act(["you"]) | Config(updates=0.5) |
     poad.take_step(SGD([x], 0.1), NAN * x.sum(), Config())"""
 
@@ -809,11 +801,7 @@ def spoilt():
     return agent
 
 
-def calls(text, *marks):
-    return [pytest.param(" ".join(call.split()), marks=marks) for call in text.split("|")]
-
-
-@pytest.mark.parametrize("call", calls(REFUSED) + calls(TO_MEND, mend("no ValueError yet")))
+@pytest.mark.parametrize("call", [" ".join(call.split()) for call in REFUSED.split("|")])
 def test_refuses(call):
     act = small_agent(max_position_embeddings=16).act
     x = torch.zeros(1, requires_grad=True)
@@ -830,12 +818,10 @@ def test_refuses_in_words(call, words):
         eval(call)
 
 
-@mend("a text of a menu is stripped, so the environment does not know it")
 def test_act_says_an_entry_as_it_is():
     assert small_agent().act(["you"], [[" wait"]])[0].text == " wait"
 
 
-@mend("e¹⁰⁰ · 0 is NaN in float32")
 def test_ppo_policy_loss_of_a_huge_ratio():
     logp = torch.tensor([[-1.0, -1]], requires_grad=True)
     old = torch.tensor([[-101.0, -1]])
@@ -897,8 +883,7 @@ def test_choice_is_read_off_the_trie():
     assert action.choice.nonzero().tolist() == [[1]]
 
 
-@pytest.mark.parametrize("family", ["GPT2", "Gemma2", pytest.param(
-    "Rwkv", marks=mend("its cache is changed in place, so it has no gradient"))])
+@pytest.mark.parametrize("family", ["GPT2", "Gemma2", "Rwkv"])
 @pytest.mark.parametrize("policy", ["glam", "twosome", "token"])
 def test_score_equals_brute_force(family, policy):
     """GLAM: Σ log p over the whole vocabulary, without eos. TWOSOME: by the number of words.
@@ -1146,7 +1131,7 @@ def test_train_where_nothing_can_be_chosen(method):
     config = Config(method, updates=2, n_envs=2, n_steps=3, critic_steps=2)
     _, metrics = train(agent, partial(Clock, menu=["eat now"]), config)
     expected = dict(update=2, env_steps=12, episodes=6, return_mean=14, success_rate=1,
-                    return_mean_error=0, minibatches=0, kl=0, stopped=False)
+                    minibatches=0, kl=0, stopped=False)
     assert expected.items() <= metrics.items()
     assert all(math.isfinite(x) for x in metrics.values())
     near(agent.lm.lm_head.weight, before.lm.lm_head.weight, "the LM must stand still")
@@ -1256,7 +1241,7 @@ def test_command_line(cli, tmp_path, capsys):
     assert sorted(told) == [("glam", 4), ("glam", 5), ("poad", 4), ("poad", 5)]
     assert (tmp_path / "new/x0.1.png").stat().st_size > 1000
     said = capsys.readouterr().out
-    assert said.count("±") == 4, "a table, two numbers for each method"
+    assert said.count("±") == 8, "a table, four numbers for each method"
     assert "→" in said and "salad" in said, "a transcript"
 
 
@@ -1265,7 +1250,7 @@ def test_command_line(cli, tmp_path, capsys):
     "--updates many", "--updates -1", "--gamma 2", "--seeds 0", "--device cuda:99",
     "--minibatches 99", "--model /no/such", "--env_options guests=1",
     "--env orders --env_options slots", "--train_layers -1", "--out /dev/null/x",
-    "--save /dev/null/x", pytest.param("--out .", marks=mend("touch() of a folder succeeds"))])
+    "--save /dev/null/x", "--out ."])
 def test_command_line_refuses_in_one_line(cli, capsys, typed):
     with pytest.raises(SystemExit) as stop:
         cli(typed)
@@ -1303,7 +1288,6 @@ def test_command_line_keeps_what_was_measured(cli, tmp_path, monkeypatch):
     assert (tmp_path / "runs/lunch.json.png").exists()
 
 
-@mend("a report of no runs")
 def test_command_line_interrupted_before_anything_was_measured(cli):
     cli.tiny_lm.side_effect = KeyboardInterrupt
     cli("--method poad")
@@ -1318,9 +1302,9 @@ def test_command_line_saves_and_examines(cli, capsys):
 
 
 def test_summary_and_interval():
-    # ±1 around 2 and ±½ around ½, by √2 episodes; two seeds: t = 12.71, √2 / √2
+    # two seeds: t = 12.71, standard deviation √2 / √2
     numbers = poad.summary([(1.0, 1.0), (3.0, 0.0)])
-    near(numbers["return_mean_error"], .5 ** .5, "the standard error of the mean")
+    assert numbers == dict(episodes=2, return_mean=2.0, success_rate=0.5)
     assert poad.interval([1, 3]) == "2.00 ± 12.71" and poad.interval([0.5]) == "0.50"
 
 
@@ -1372,12 +1356,7 @@ def verl(monkeypatch):
     return space
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="README: diff of such a mask is xor, or wraps")
-
-
-@pytest.mark.parametrize("dtype", [
-    torch.int64, pytest.param(torch.bool, marks=NOT_YET), pytest.param(torch.uint8, marks=NOT_YET)],
-    ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8], ids=str)
 def test_readme_has_bad_for_verl(verl, dtype):
     # the stream of test_gae_by_hand, with an observation (9) after each of its two actions
     r, v, mask = torch.tensor([[[0, 2, 9, 0, 4, 9]], [[1, 2, 9, 3, 4, 9]], [[1, 1, 0, 1, 1, 0]]])
