@@ -1,7 +1,6 @@
 """Tests of poad.py and envs.py: numbers that a reader can work out, with the derivation beside
 them; identities; independent oracles. Nothing is downloaded. The tests of a function f are called
-test_f_..., so that the red ones name the function that is wrong; messages name likely mistakes.
-At the end the course kit: `python test_poad.py blank | grade | trust`."""
+test_f_..., so that the red ones name the function that is wrong; messages name likely mistakes."""
 import argparse
 import ast
 import copy
@@ -12,12 +11,14 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -36,16 +37,31 @@ from envs import ENVS, Player, TokenMDP, lunch_mdp, make, random_mdp
 from poad import (
     action_backup, action_policy, assign, bad_backup, bad_discounts, collect, encode_menu, gae,
     inside, load_agent, masked_mean, menu_logp, normalize, play, ppo_policy_loss, ppo_update,
-    solve, state_values, step_size, tiny_agent, token_backup, train, value_loss, Config,
-    LanguageAgent, METHODS)
+    solve, state_values, tiny_agent, token_backup, train, value_loss, Config, LanguageAgent,
+    METHODS)
 
 torch.set_num_threads(1)  # what is tested is small: more threads only wait for each other
 INF = math.inf
 NAN = math.nan
 ON_RANDOM_MDPS = pytest.mark.parametrize("seed", [0, 1, 2])
-IN_ALL_MODES = pytest.mark.parametrize("mode, seed", [
-    ("greedy", 0), ("greedy", 1), ("policy", 0), ("policy", 1), ("soft", 0), ("soft", 1)])
-WITH_ALL_MASKS = pytest.mark.parametrize("dtype", [torch.bool, torch.float64, torch.int64])
+IN_ALL_MODES = pytest.mark.parametrize("mode", ["greedy", "policy", "soft"])
+WITH_ALL_MASKS = pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.float64, torch.int64], ids=["bool", "float", "int"])
+CPU_SECONDS = float(os.environ.get("CPU_SECONDS", 60))
+
+
+@pytest.fixture(autouse=True)
+def no_endless_loop():
+    """A test that computes for more than CPU_SECONDS is red (not on Windows)."""
+    def stop(signal, frame):
+        pytest.fail(f"an endless loop? It computed for {CPU_SECONDS:g} seconds")
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        yield
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    else:
+        yield
 
 
 def t(x):
@@ -56,17 +72,32 @@ def t(x):
 def near(actual, expected, hint, mistakes={}, tol=1e-9):
     """Fail with `hint`, or with the name of the mistake whose wrong result this is."""
     __tracebackhide__ = True
+    assert actual is not None, f"{hint}: nothing was returned"
     actual = t(actual)
     expected = t(expected)
-    assert actual.shape == expected.shape, f"{hint}: {actual.shape} is not {expected.shape}"
-    if torch.allclose(actual, expected, rtol=tol, atol=tol):
+    assert actual.shape == expected.shape, (
+        f"{hint}: the shape is {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    far = ~torch.isclose(actual, expected, tol, tol)
+    if not far.any():
         return
-    for words, wrong in mistakes.items():
-        if torch.allclose(actual, t(wrong).expand_as(actual), rtol=tol, atol=tol):
-            hint = words
     if actual.isnan().any():
-        hint = f"NaN: padding or an invalid token leaked (0 · NaN is NaN, so select); {hint}"
-    pytest.fail(f"{hint}: got {actual.tolist()}, expected {expected.tolist()}")
+        hint = f"{hint}; NaN: did padding or an invalid token leak? 0 · NaN is NaN, so select"
+    for words, wrong in mistakes.items():
+        if torch.allclose(actual, t(wrong).expand_as(actual), tol, tol, equal_nan=True):
+            hint = words
+    place = far.nonzero()[0].tolist()
+    pytest.fail(f"{hint}: {actual[far][0]:.6g}, expected {expected[far][0]:.6g}, at {place}\n"
+                f"got      {actual.tolist()}\nexpected {expected.tolist()}")
+
+
+def refuses(f, what, *args):
+    """Fail unless this is a ValueError."""
+    __tracebackhide__ = True
+    try:
+        f(*args)
+    except ValueError:
+        return
+    pytest.fail(f"{f.__name__} takes {what}, expected a ValueError")
 
 
 def backward(x):
@@ -88,8 +119,17 @@ def small_table(*rows, invalid=-INF):
     return table
 
 
-# V(∅), V(b), V(b a) are 4, 8, 10 in state 0 and 12, 5, 7 in state 1
-Q_TOKEN = small_table((4, 2, 8, 6, 10), (-2, 12, 3, 5, 7))
+SOFT = 2 * math.log(2)  # τ log(exp((x - SOFT) / τ) + exp((x - SOFT) / τ)) = x at τ = 2
+HALVES = small_table((.5, .5, .5, .5, 1), (.5, .5, .5, .5, 1), invalid=0)
+ACTION_TABLES = {  # V is 4, 12
+    "greedy": ([[4, 2, 0], [-2, 12, 6]], {}),
+    "policy": ([[2, 6, 9], [16, 8, 99]], {"policy": t([[.5, .5, 0]] * 2)}),
+    "soft": ([[4 - SOFT, 4 - SOFT, -INF], [12 - SOFT, 12 - SOFT, -INF]], {"temperature": 2.0})}
+TOKEN_TABLES = {  # V(∅), V(b), V(b a) are 4, 8, 10 in state 0 and 12, 5, 7 in state 1
+    "greedy": (small_table((4, 2, 8, 6, 10), (-2, 12, 3, 5, 7)), {}),
+    "policy": (small_table((2, 6, 7, 9, 10), (16, 8, 4, 6, 7)), {"policy": HALVES}),
+    "soft": (small_table((4, 4, 8, 8, 10 + SOFT), (12, 12, 5, 5, 7 + SOFT)) - SOFT,
+             {"temperature": 2.0})}
 
 
 def token_table(mdp, value):
@@ -128,22 +168,22 @@ def settings(mode, mdp):
 
 
 def pool(x, ids, policy=None, temperature=0.0):
-    """Of these columns the largest, the mean under a policy, or the soft maximum."""
-    x = x[:, ids]
+    """V of these columns alone, (S,)."""
     if policy is not None:
-        return (policy[:, ids] * x).sum(-1) / policy[:, ids].sum(-1)
-    if temperature:
-        return temperature * torch.logsumexp(x / temperature, -1)
-    return x.amax(-1)
+        policy = policy[:, ids] / policy[:, ids].sum(-1, keepdim=True)
+    return state_values(x[:, ids], policy, temperature)
 
 
 def exact(mdp, gamma, gamma_token=1.0, **mode):
-    """Q (S, A) and its token table: what is begun is worth γ_w^(n-j) Q, pooled over completions."""
+    """Q (S, A) and its token table: what is begun is worth γ_w^(n-j) Q, pooled over completions.
+
+    γ_w^(n-1) Q is what action-level backups find in an MDP with rewards γ_w^(n-1) R, and discount
+    γ γ_w^(n-1), which stands in its transitions.
+    """
     length = t([len(action) for action in mdp.actions])
-    q = torch.zeros_like(mdp.reward)
-    for _ in range(150):
-        v = pool(gamma_token ** (length - 1) * q, slice(None), **mode)
-        q = mdp.reward + gamma * mdp.transition @ v
+    less = gamma_token ** (length - 1)
+    other = SimpleNamespace(reward=less * mdp.reward, transition=less[:, None] * mdp.transition)
+    q = solve(lambda q: action_backup(q, other, gamma, **mode), 0 * mdp.reward) / less
     table = token_table(mdp, lambda ids, j: pool(gamma_token ** (length - j) * q, ids, **mode))
     return q, table
 
@@ -161,15 +201,18 @@ def test_state_values_takes_the_maximum():
     q = t([[[1, 3, -INF], [-4, -2, -INF]]])
     near(state_values(q), [[3, -2]], "not the maximum over the last axis", {
         "an invalid token counts as 0": [[3, 0]], "minimum instead of maximum": -INF})
-    near(state_values(q.numpy()), [[3, -2]], "arrays are tables too")
-    near(state_values([.1, .3]), .3, "a list was rounded to float32", tol=1e-12)
 
 
 def test_state_values_averages_under_a_policy():
     # ¼·2 + ¾·6 = 5, and 0 · (-inf) = 0
     near(state_values(t([[[2, 6, -INF]]]), policy=t([[[.25, .75, 0]]])), [[5]], "not Σ π q", {
         "policy ignored": 6, "all tokens alike": 4, "mean of π q, not the sum": 5 / 3})
-    near(state_values([2, 12], policy=[.9, .1]), 3, "whole numbers must not round the policy")
+
+
+def test_state_values_takes_lists():
+    near(state_values([.1, .3]), .3, "a list must become float64", tol=1e-12)
+    near(state_values(np.array([2, 12]), policy=[.9, .1]), 3, "whole numbers must become float64")
+    assert state_values(torch.ones(2)).dtype == torch.float32, "a float tensor keeps its dtype"
 
 
 def test_state_values_soft_maximum():
@@ -182,36 +225,55 @@ def test_state_values_soft_maximum():
     near(large, 1000 + 0.01 * math.log(2), "exp overflows for large q / τ")
 
 
-def test_action_backup_by_hand():
+@IN_ALL_MODES
+def test_action_backup_by_hand(mode):
     # V = (4, 12); state 0: 1 + ½·4, 2 + ½·(½·4 + ½·12), 3 + ½·12
-    # state 1: -1 + ½·(½·4 + ½·12), 0 + ½·4, 5 + ½·(¼·4 + ¾·12); a table may be a list
-    q = action_backup([[4, 2, 0], [-2, 12, 6]], small_mdp(), 0.5)
-    near(q, [[3, 6, 9], [3, 2, 10]], "not R + γ Σ P V", {
+    # state 1: -1 + ½·(½·4 + ½·12), 0 + ½·4, 5 + ½·(¼·4 + ¾·12)
+    q, kwargs = ACTION_TABLES[mode]
+    q = action_backup(t(q), small_mdp(), 0.5, **kwargs)
+    near(q, [[3, 6, 9], [3, 2, 10]], f"not R + γ Σ P V ({mode}: V is 4 and 12)", {
         "γ forgotten": [[5, 10, 15], [7, 4, 15]], "γ R, not R": [[2.5, 5, 7.5], [3.5, 2, 7.5]],
-        "value of this state, not of the next": [[3, 4, 5], [5, 6, 11]]})
+        "value of this state, not of the next": [[3, 4, 5], [5, 6, 11]],
+        "policy not passed on": [[5.5, 29, 52.5], [26, 4.5, 43.25]],
+        "temperature not passed on": t([[3, 6, 9], [3, 2, 10]]) - SOFT / 2})
+
+
+def test_action_backup_takes_lists():
+    q = action_backup(ACTION_TABLES["greedy"][0], small_mdp(), 0.5)
+    near(q, [[3, 6, 9], [3, 2, 10]], "a table may be a list")
     assert q.dtype == torch.float64, "tables are float64"
 
 
+# γ = ½, γ_w = ¼; a: 1 + ½·4 | b: ¼·8 | b c: 2 + ½·(½·4 + ½·12) | b a: ¼·10 | b a c: 3 + ½·12
+# state 1: -1 + ½·(½·4 + ½·12) | ¼·5 | 0 + ½·4 | ¼·7 | 5 + ½·(¼·4 + ¾·12)
+NAIVE = small_table((3, 2, 6, 2.5, 9), (3, 1.25, 2, 1.75, 10))
+
+
 @IN_ALL_MODES
-def test_action_backup_keeps_the_solution(mode, seed):
-    mdp = random_mdp(seed)
-    kwargs, _ = settings(mode, mdp)
-    q, _ = exact(mdp, 0.5, **kwargs)
-    near(action_backup(q, mdp, 0.5, **kwargs), q, f"Q moved: the {mode} mode was lost on the way?")
-
-
-def test_token_backup_by_hand():
-    # γ = ½, γ_w = ¼; a: 1 + ½·4 | b: ¼·8 | b c: 2 + ½·(½·4 + ½·12) | b a: ¼·10 | b a c: 3 + ½·12
-    # state 1: -1 + ½·(½·4 + ½·12) | ¼·5 | 0 + ½·4 | ¼·7 | 5 + ½·(¼·4 + ¾·12)
-    right = small_table((3, 2, 6, 2.5, 9), (3, 1.25, 2, 1.75, 10))
-    q = token_backup(Q_TOKEN, small_mdp(), 0.5, 0.25)
-    near(q, right, "not the table of Eq. 9-10", {
+def test_token_backup_by_hand(mode):
+    q, kwargs = TOKEN_TABLES[mode]
+    q = token_backup(q, small_mdp(), 0.5, 0.25, **kwargs)
+    near(q, NAIVE, f"not Eq. 9-10 ({mode}; are policy and temperature passed on?)", {
         "gamma inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10)),
         "gamma and gamma_token swapped": small_table((2, 4, 4, 5, 6), (1, 2.5, 1, 3.5, 7.5)),
-        "invalid tokens must be -inf": right.clamp(min=0)})
-    near(token_backup(Q_TOKEN.tolist(), small_mdp(), 0.5, 0.25), q, "lists are tables too")
+        "invalid tokens must be -inf": NAIVE.clamp(min=0)})
 
 
+@pytest.mark.parametrize("junk", [0, 99, NAN], ids=str)
+def test_token_backup_ignores_invalid_tokens(junk):
+    """Their entries may hold anything, such as the zeros from which `solve` begins."""
+    q = torch.where(NAIVE.isneginf(), junk, TOKEN_TABLES["greedy"][0])
+    near(token_backup(q, small_mdp(), 0.5, 0.25), NAIVE, "an invalid token was read, or is not -inf")
+    low = token_backup(small_table([-3] * 5, [-3] * 5, invalid=junk), small_mdp(), 0.0, 1.0)
+    near(low[:, [0, 1], [1, 0]], [[-3, -3]] * 2, "an invalid token was read: its maximum is above -3")
+
+
+def test_token_backup_takes_lists():
+    q = TOKEN_TABLES["greedy"][0].tolist()
+    near(token_backup(q, small_mdp(), 0.5, 0.25), NAIVE, "a table may be a list")
+
+
+@ON_RANDOM_MDPS
 @IN_ALL_MODES
 def test_token_backup_naive_solves_another_mdp(mode, seed):
     """Identities 2 and 3: its fixed point has reward γ_w^(n-1) R and discount γ γ_w^(n-1), and
@@ -224,13 +286,17 @@ def test_token_backup_naive_solves_another_mdp(mode, seed):
          f"the fixed point moved: the {mode} mode was lost, or γ and γ_w in the wrong places?")
 
 
-def test_bad_backup_by_hand():
+@IN_ALL_MODES
+def test_bad_backup_by_hand(mode):
     # as in token_backup, with V itself inside the action: b: 8 and 5 | b a: 10 and 7
-    q = bad_backup(Q_TOKEN, small_mdp(), 0.5)
-    near(q, small_table((3, 8, 6, 10, 9), (3, 5, 2, 7, 10)), "not Eq. 13-14", {
+    q, kwargs = TOKEN_TABLES[mode]
+    q = bad_backup(q, small_mdp(), 0.5, **kwargs)
+    right = small_table((3, 8, 6, 10, 9), (3, 5, 2, 7, 10))
+    near(q, right, f"not Eq. 13-14 ({mode}; are policy and temperature passed on?)", {
         "gamma inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10))})
 
 
+@ON_RANDOM_MDPS
 @IN_ALL_MODES
 def test_bad_backup_has_the_action_level_solution(mode, seed):
     """Identity 1: Q(s, a), pooled over the completions of a prefix, is where backups end."""
@@ -317,11 +383,17 @@ TOKEN_POLICY = small_table((.25, .75, .5, .5, 1), (.5, .5, .25, .75, 1), invalid
 
 
 def test_action_policy_by_hand():
-    # ¼, ¾·½, ¾·½·1; ½, ½·¼, ½·¾·1; a table may be a list
-    policy = action_policy(TOKEN_POLICY.tolist(), small_mdp())
+    # ¼, ¾·½, ¾·½·1; ½, ½·¼, ½·¾·1
+    policy = action_policy(TOKEN_POLICY, small_mdp())
     near(policy, [[.25, .375, .375], [.5, .125, .375]], "not the chain rule", {
         "only the last token": [[.25, .5, 1], [.5, .25, 1]],
         "sum instead of product": [[.25, 1.25, 2.25], [.5, .75, 2.25]]})
+
+
+def test_action_policy_is_not_rounded():
+    small = small_table((1e-12, 1 / 3, .5, 1e-12, 1), (0, 1, 0, 1, 1), invalid=0)
+    right = t([[1e-12, 1 / 6, 1e-12 / 3], [0, 0, 1]])
+    near(action_policy(small, small_mdp()) * 1e12, right * 1e12, "clamped, or in float32")
 
 
 def test_action_policy_lets_the_gradient_through():
@@ -346,9 +418,16 @@ def test_bad_discounts_by_hand(dtype):
         "bootstrapped across an episode's end": [[.25, .25, .5, .5, .25, .5]],
         "`done` was read inside an action": [[0, .25, .5, 0, 0, .5]],
         "`done` is upside down": [[.25, .25, 0, .5, .25, 0]]})
-    right = [[1, 1, .5, 0, 1, .5]]
-    near(bad_discounts(end.tolist(), done.tolist(), 0.5), right, "gamma_token is 1 unless told")
-    near(bad_discounts(t([[0, 1]]), t([[0, 0]]), 0.9, 0.3), [[.3, .9]], "rounded", tol=1e-12)
+    near(bad_discounts(end, done, 0.5), [[1, 1, .5, 0, 1, .5]], "gamma_token is 1 unless told")
+
+
+def test_bad_discounts_keeps_the_dtype():
+    for dtype in (torch.float64, torch.float32):
+        discounts = bad_discounts(t([[0, 1]]).to(dtype), t([[0, 0]]).to(dtype), 0.9, 0.3)
+        assert discounts.dtype == dtype, f"a mask of {dtype} makes {discounts.dtype}"
+        near(discounts, [[.3, .9]], "rounded", tol=torch.finfo(dtype).eps)
+    discounts = bad_discounts([[0, 1]], [[0, 0]], 0.9, 0.3)
+    near(discounts, [[.3, .9]], "masks may be lists of 0 and 1", tol=1e-6)
 
 
 # two actions of two tokens; γ = ½ between them, the episode ends after the second; λ = ¼ at ends
@@ -366,7 +445,11 @@ def test_gae_by_hand():
         "bootstrapped across an episode's end": [[3.125, 2.125, 5, 4]],  # A₃ = 4 + ½·8 - 4
         "lambda forgotten at the action's end": [[3, 2, 1, 0]],  # A₁ = 1½ + ½·1
         "lambda applied inside the action": [[1.40625, 1.625, 1, 0]],  # A₀ = 1 + ¼·A₁
-        "trace not discounted": [[2.75, 1.75, 1, 0]], "only δ, no trace": [[1, 1.5, 1, 0]]})
+        "λ of the next token": [[1.5, 2, 1, 0]],  # A₁ = 1½ + ½·1·1, A₀ = 1 + ¼·2
+        "γ of the next token": [[1.125, 2.25, -3, 0]],  # δ = (0+½·2-1, 2+3-2, 0+0-3, 4-4)
+        "γ of the token before": [[4.75, 3.75, 3, 8]],  # δ = (1, 2+3-2, ½·4-3, 8+4-4)
+        "trace not discounted": [[2.75, 1.75, 1, 0]], "only δ, no trace": [[1, 1.5, 1, 0]],
+        "returns and advantages swapped": [RETURNS]})
     near(returns, [RETURNS], "returns are advantages + values", {
         "a true zero counted as missing": [[3.625, 3.625, 4, 0]], "no values": [ADVANTAGES]})
 
@@ -398,11 +481,13 @@ def test_gae_time_limit_enters_as_a_reward():
     """As r + γ V(o_next) with discount 0: A₁ = (2 + ½·6) - 2 = 3, A₀ = 0 + 2 - 1 + ½·3."""
     cut = t([[[0, 2 + .5 * 6, 7]], [[1, 2, -7]], [[1, 0, 1]]])  # then comes another episode
     advantages, _ = gae(*cut, 0.5, torch.ones(1, 3), t([9]))
-    near(advantages[:, :2], [[2.5, 3]], "the next episode leaked into this one")
+    near(advantages[:, :2], [[2.5, 3]], "not r + γ V(o_next), with discount 0", {
+        "the next episode leaked: the trace goes on": [[8.25, 14.5]],  # A₂ = 7 + 9 + 7 = 23
+        "the next episode leaked: its value is used": [[-1, -4]]})  # δ₁ = 5 - 7 - 2
 
 
 @WITH_ALL_MASKS
-@pytest.mark.parametrize("junk", [100, NAN, INF])
+@pytest.mark.parametrize("junk", [100, NAN, INF], ids=str)
 def test_gae_cuts_gaps_out(junk, dtype):
     """The example above at slots 1, 2, 4, 7 of the first row, and a row of padding only."""
     where = [1, 2, 4, 7]
@@ -471,7 +556,11 @@ def test_normalize_over_real_tokens(dtype):
     near(normalize(x, mask), right, "not (x - mean) / std over the real tokens", {
         "population std expected, not the sample std": right * math.sqrt(3 / 4),
         "not divided by the std": 2 * right, "divided by the variance": right / 2}, tol=1e-6)
-    near(normalize(t([[5, 5]]), torch.ones(1, 2)), [[0, 0]], "constants must give zeros")
+
+
+def test_normalize_where_all_are_alike():
+    near(normalize(t([[5, 5]]), torch.ones(1, 2)), [[0, 0]], "equal entries must give zeros", {
+        "0 / 0: add 1e-8 to the std": NAN})
     small = normalize(t([[-1e-8, 1e-8]]), torch.ones(1, 2))
     near(small, [[-.5, .5]], "1e-8 is added to the std", tol=1e-6)
 
@@ -490,6 +579,7 @@ def test_ppo_policy_loss_by_hand(dtype):
     # min(3, 2.4) + min(2, 3.2) + min(-3, -2.4) + min(-3, -4.8) + 4.5 = 1.1
     near(loss, -1.1 / 5, "not PPO's clipped objective", {
         "min and max swapped": -5.3 / 5,  # 3 + 3.2 - 2.4 - 3 + 4.5
+        "the ratio is upside down": 3.52 / 4.5,  # 4/3 + 4.8 - 1.6 - 12 + 32/9 = -3.52 / .9
         "the sign is wrong": 1.1 / 5, "nothing is clipped": -3.5 / 5,  # 3 + 2 - 3 - 3 + 4.5
         "the minimum is missing: always clipped": -2.9 / 5,  # 2.4 + 3.2 - 2.4 - 4.8 + 4.5
         "sum instead of mean": -1.1, "divided by all slots": -1.1 / 6})
@@ -514,7 +604,7 @@ def test_ppo_policy_loss_info():
     near(float(info["clip_fraction"]), 4 / 5, "four of five ratios lie outside 1 ± .2", {
         "only one side of the clip": 2 / 5, "divided by all slots": 4 / 6}, tol=1e-6)
     for name, x in info.items():
-        assert not getattr(x, "requires_grad", False), f"{name} must be detached"
+        assert torch.is_tensor(x) and not x.requires_grad, f"{name} must be a detached tensor"
 
 
 def test_ppo_policy_loss_clip_range():
@@ -527,62 +617,47 @@ def test_ppo_policy_loss_clip_range():
 def test_value_loss_is_half_the_squared_error(dtype):
     values = t([[1, 3], [2, NAN]]).requires_grad_()
     mask = torch.tensor([[1, 1], [1, 0]]).to(dtype)
-    loss = value_loss(values, t([[9, 9], [9, INF]]), t([[0, 5], [2, NAN]]), mask)
+    loss = value_loss(values, t([[0, 5], [2, INF]]), mask)
     near(loss, 5 / 6, "not the mean of ½ (v - R)²", {  # ½ (1 + 4 + 0) / 3
-        "the ½ is missing": 5 / 3, "divided by all slots": 5 / 8})
+        "the ½ is missing": 5 / 3, "divided by all slots": 5 / 8, "sum instead of mean": 5 / 2,
+        "not squared": 1 / 2, "a true zero counted as missing": 5 / 4})
     backward(loss)
     near(values.grad, [[1 / 3, -2 / 3], [0, 0]], "not (v - R) / n, and 0 on padding")
 
 
-@pytest.mark.parametrize("value, target, clip, expected, gradient, why", [
-    (4, 6, .5, 6.125, 0, "v counts as 2½, which is farther from 6: ½·3½², no gradient"),
-    (4, 1, .5, 4.5, 3, "v counts as 2½, which is nearer to 1: ½·3² is larger"),
-    (0, -2, .5, 6.125, 0, "v counts as 1½, which is farther from -2: ½·3½², no gradient"),
-    (2.25, 1, .5, .78125, 1.25, "v moved by ¼ only, nothing is clipped: ½·1¼²"),
-    (4, 6, 0, 8, 0, "clip = 0 is not None: v counts as 2, ½·4²")])
-def test_value_loss_clip(value, target, clip, expected, gradient, why):  # old value: 2
-    values = t([[value, NAN]]).requires_grad_()
-    rest = t([[2, NAN]]), t([[target, INF]]), torch.tensor([[1, 0]])
-    loss = value_loss(values, *rest, clip)
-    near(loss, expected, why)
-    backward(loss)
-    near(values.grad, [[gradient, 0]], f"the gradient does not follow the larger error: {why}")
-
-
-def misshapen(f, count, *rest):
-    """Calls of f in which one of `count` arguments has another shape, also one that broadcasts."""
+def misshapen(count, *rest):
+    """Arguments of which one of `count` has another shape, also one that broadcasts."""
     for i in range(count):
         for shape in ((2, 1), (3,)):
             args = [torch.ones(2, 3) for _ in range(count)]
             args[i] = torch.ones(shape)
-            yield partial(f, *args, *rest)
+            yield (f"shapes {[tuple(x.shape) for x in args]}", *args, *rest)
 
 
-def bad_calls():
-    """Shapes that disagree, an empty mask, a policy and a temperature together."""
-    for f, count in ((masked_mean, 2), (normalize, 2), (ppo_policy_loss, 4), (value_loss, 4)):
-        yield partial(f, *torch.zeros(count, 2, 3))
-        yield from misshapen(f, count)
-    yield from misshapen(bad_discounts, 2, 0.5)
-    yield from misshapen(gae, 5, torch.ones(2))
-    yield partial(gae, *torch.ones(5, 2, 3), torch.ones(2, 1))
-    yield partial(state_values, torch.ones(1, 2), torch.ones(1, 1))
-    yield partial(state_values, torch.ones(2), torch.ones(2), 1.0)
-    yield partial(action_backup, torch.ones(2, 4), small_mdp(), 0.5)
-    yield partial(token_backup, torch.ones(2, 4, 3), small_mdp(), 0.5, 1.0)
-    yield partial(action_policy, torch.ones(2, 4, 3), small_mdp())
+def misused(count):
+    """The same for a loss, and a mask that selects nothing."""
+    return [*misshapen(count), ("a mask without a real slot", *torch.zeros(count, 2, 3))]
 
 
-@pytest.mark.parametrize("call", list(bad_calls()))
-def test_refuses_bad_input(call):
-    with pytest.raises(ValueError):
-        call()
+ONES = torch.ones(2, 4, 3)
+MISUSE = {  # function: what it must refuse, and the arguments
+    "state_values": [
+        ("a policy (1, 1) for q (1, 2)", torch.ones(1, 2), torch.ones(1, 1)),
+        ("a policy and a temperature", torch.ones(2), torch.ones(2), 1.0)],
+    "action_backup": [("q (2, 4) where 3 actions are", ONES[..., 0], small_mdp(), 0.5)],
+    "token_backup": [("q (2, 4, 3) where 3 prefixes are", ONES, small_mdp(), 0.5, 1.0)],
+    "action_policy": [("a policy (2, 4, 3) where 3 prefixes are", ONES, small_mdp())],
+    "bad_discounts": list(misshapen(2, 0.5)),
+    "gae": [*misshapen(5, torch.ones(2)),
+            ("last_values (2, 1)", *torch.ones(5, 2, 3), torch.ones(2, 1))],
+    "masked_mean": misused(2), "normalize": misused(2), "ppo_policy_loss": misused(4),
+    "value_loss": misused(3)}
 
 
-@pytest.mark.parametrize("module", [poad, envs])
-def test_docstring_examples_are_true(module):
-    results = doctest.testmod(module)
-    assert results.failed == 0, f"an example in {module.__name__}.py does not give what it says"
+@pytest.mark.parametrize("name", MISUSE)
+def test_refuses_shapes(name):
+    for what, *args in MISUSE[name]:
+        refuses(getattr(poad, name), what, *args)
 
 
 # ------------------------------------------------------------------ helpers of the agent's tests
