@@ -262,10 +262,9 @@ def test_token_backup_by_hand(mode):
 @pytest.mark.parametrize("junk", [0, 99, NAN], ids=str)
 def test_token_backup_ignores_invalid_tokens(junk):
     """Their entries may hold anything, such as the zeros from which `solve` begins."""
-    q = torch.where(NAIVE.isneginf(), junk, TOKEN_TABLES["greedy"][0])
-    near(token_backup(q, small_mdp(), 0.5, 0.25), NAIVE, "an invalid token was read, or is not -inf")
-    low = token_backup(small_table([-3] * 5, [-3] * 5, invalid=junk), small_mdp(), 0.0, 1.0)
-    near(low[:, [0, 1], [1, 0]], [[-3, -3]] * 2, "an invalid token was read: its maximum is above -3")
+    low = small_table([-3] * 5, [-3] * 5, invalid=junk)  # V is -3, γ is 0
+    right = small_table((1, -3, 2, -3, 3), (-1, -3, 0, -3, 5))
+    near(token_backup(low, small_mdp(), 0.0, 1.0), right, "an invalid token was read, or not -inf")
 
 
 def test_token_backup_takes_lists():
