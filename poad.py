@@ -61,9 +61,8 @@ def state_values(q, policy=None, temperature=0.0):
 
     v = max_w Q(w)   or   Σ_w π(w) Q(w)   or   τ log Σ_w exp(Q(w) / τ)   (soft: App. B.3)
 
-    q, policy: (..., V), float tensors, or anything with numbers: that becomes float64.
-    → (...), in q's dtype. −inf marks an invalid token; probability 0 adds 0.
-    ValueError where shapes differ, or for both a policy and a temperature.
+    q, policy: (..., V) → (...), in q's dtype. −inf marks an invalid token; probability 0
+    adds 0. ValueError where shapes differ, or for both a policy and a temperature.
     >>> q = torch.tensor([1.0, 3.0, -torch.inf])
     >>> state_values(q).item(), state_values(q, policy=torch.tensor([0.5, 0.5, 0.0])).item()
     (3.0, 2.0)
@@ -85,8 +84,8 @@ def action_backup(q, mdp, gamma, policy=None, temperature=0.0):
 
     Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) v(s')
 
-    q, policy: (S, A), tensors or lists, else ValueError; mdp: a TokenMDP, `reward` (S, A),
-    `transition` (S, A, S). → (S, A), float64
+    q, policy: (S, A), else ValueError; mdp: a TokenMDP, `reward` (S, A), `transition`
+    (S, A, S). → (S, A), float64
     For R = 1, γ = ½, P = (½, ½) and v = (4, 12): 1 + ½ · 8 = 5.
     """
     q = torch.as_tensor(q, dtype=torch.float64)
@@ -103,8 +102,8 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
 
     γ_w = γ treats every token as a step (naive token level, NTPO), γ_w = 1 is BAD. Three
     tokens of one action with reward 1: ¼, ½, 1 at γ_w = ½, and 1, 1, 1 under BAD.
-    q, policy: (S, N, V), tensors or lists, else ValueError; ∅ is prefix 0; mdp: a TokenMDP
-    with `child`, `leaf` (N, V), both −1 where a token is invalid: q may hold anything there.
+    q, policy: (S, N, V), else ValueError, ∅ is prefix 0; mdp: a TokenMDP with `child`,
+    `leaf` (N, V), both −1 where a token is invalid: q may hold anything there.
     → (S, N, V), float64, −inf at invalid tokens
     """
     q = torch.as_tensor(q, dtype=torch.float64)
@@ -171,8 +170,8 @@ def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     γ_n = γ_w inside an action,  γ after its last token,  0 after a finished episode's last
 
     BAD is γ_w = 1; naive is γ_w = γ; at action level every slot is an action's end.
-    action_end, done: masks of one shape (else ValueError), tensors or lists; `done` counts
-    only at action ends. → floats, same shape: float32, or the dtype of a float mask.
+    action_end, done: masks of one shape, else ValueError; `done` counts only at action
+    ends. → floats, same shape
     >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
     tensor([[1.0000, 0.5000, 1.0000, 0.0000]])
     """
