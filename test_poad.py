@@ -112,16 +112,12 @@ def small_table(*rows, invalid=-INF):
 
 
 SOFT = 2 * math.log(2)  # τ log(exp((x - SOFT) / τ) + exp((x - SOFT) / τ)) = x at τ = 2
-HALVES = small_table((.5, .5, .5, .5, 1), (.5, .5, .5, .5, 1), invalid=0)
 ACTION_TABLES = {  # V is 4, 12
     "greedy": ([[4, 2, 0], [-2, 12, 6]], {}),
     "policy": ([[2, 6, 9], [16, 8, 99]], {"policy": t([[.5, .5, 0]] * 2)}),
     "soft": ([[4 - SOFT, 4 - SOFT, -INF], [12 - SOFT, 12 - SOFT, -INF]], {"temperature": 2.0})}
-TOKEN_TABLES = {  # V(∅), V(b), V(b a) are 4, 8, 10 in state 0 and 12, 5, 7 in state 1
-    "greedy": (small_table((4, 2, 8, 6, 10), (-2, 12, 3, 5, 7)), {}),
-    "policy": (small_table((2, 6, 7, 9, 10), (16, 8, 4, 6, 7)), {"policy": HALVES}),
-    "soft": (small_table((4, 4, 8, 8, 10 + SOFT), (12, 12, 5, 5, 7 + SOFT)) - SOFT,
-             {"temperature": 2.0})}
+# V(∅), V(b), V(b a) are 4, 8, 10 in state 0 and 12, 5, 7 in state 1
+Q_TOKEN = small_table((4, 2, 8, 6, 10), (-2, 12, 3, 5, 7))
 
 
 def token_table(mdp, value):
@@ -229,11 +225,9 @@ def test_action_backup_by_hand(mode):
 NAIVE = small_table((3, 2, 6, 2.5, 9), (3, 1.25, 2, 1.75, 10))
 
 
-@IN_ALL_MODES
-def test_token_backup_by_hand(mode):
-    q, kwargs = TOKEN_TABLES[mode]
-    q = token_backup(q, small_mdp(), 0.5, 0.25, **kwargs)
-    near(q, NAIVE, f"not Eq. 9-10 ({mode}; are policy and temperature passed on?)", {
+def test_token_backup_by_hand():
+    q = token_backup(Q_TOKEN, small_mdp(), 0.5, 0.25)
+    near(q, NAIVE, "not the table of Eq. 9-10", {
         "gamma inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10)),
         "gamma and gamma_token swapped": small_table((2, 4, 4, 5, 6), (1, 2.5, 1, 3.5, 7.5)),
         "invalid tokens must be -inf": NAIVE.clamp(min=0)})
@@ -260,13 +254,10 @@ def test_token_backup_naive_solves_another_mdp(mode, seed):
          f"the fixed point moved: the {mode} mode was lost, or γ and γ_w in the wrong places?")
 
 
-@IN_ALL_MODES
-def test_bad_backup_by_hand(mode):
+def test_bad_backup_by_hand():
     # as in token_backup, with V itself inside the action: b: 8 and 5 | b a: 10 and 7
-    q, kwargs = TOKEN_TABLES[mode]
-    q = bad_backup(q, small_mdp(), 0.5, **kwargs)
-    right = small_table((3, 8, 6, 10, 9), (3, 5, 2, 7, 10))
-    near(q, right, f"not Eq. 13-14 ({mode}; are policy and temperature passed on?)", {
+    q = bad_backup(Q_TOKEN, small_mdp(), 0.5)
+    near(q, small_table((3, 8, 6, 10, 9), (3, 5, 2, 7, 10)), "not Eq. 13-14", {
         "gamma inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10))})
 
 
@@ -1758,7 +1749,7 @@ class Reporter:
 
     def pytest_collection_finish(self, session):
         for item in session.items:
-            self.send((item.name, "it did not end: a crash, an exit, an endless loop?"))
+            self.send((item.name, "Python did end early: a crash, an exit"))
 
     def pytest_runtest_logreport(self, report):
         if report.skipped:
@@ -1847,24 +1838,23 @@ def mark(name, results):
 
 
 def edited(theirs):
-    """What was given, and is not as it was."""
+    """The names of what was given, and is not as it was."""
     given = definitions(text_of("poad.py"))
     names = theirs.keys() & given.keys() - EXERCISES.keys() - {"LanguageAgent"}
-    return {name for name in names if ast.dump(theirs[name]) != ast.dump(given[name])}
+    return sorted(name for name in names if ast.dump(theirs[name]) != ast.dump(given[name]))
 
 
 def remarks(name, theirs):
     """What may explain red tests: other arguments, changed helpers."""
-    lines = []
-    if name in theirs:
-        given = definitions(text_of("poad.py"))
-        ours, yours = ([x.arg for x in d[name].args.args] for d in (given, theirs))
-        if ours != yours:
-            lines.append(f"{name} takes ({', '.join(ours)}), yours takes ({', '.join(yours)})")
-        used = {getattr(node, "id", "") for node in ast.walk(theirs[name])}
-        for helper in used & edited(theirs):
-            lines.append(f"it uses {helper}, which you changed: the grade has it as it was given")
-    return lines
+    takes = []
+    for functions in (definitions(text_of("poad.py")), theirs):
+        arguments = [x.arg for x in functions[name].args.args]
+        takes.append(f"takes ({', '.join(arguments)})")
+    if takes[0] != takes[1]:
+        yield f"{name} {takes[0]}, yours {takes[1]}"
+    used = {getattr(node, "id", "") for node in ast.walk(theirs[name])}
+    for helper in used.intersection(edited(theirs)):
+        yield f"it uses {helper}, which is not as it was given: here it is"
 
 
 def grade(path, as_json=False, names=EXERCISES):
@@ -1872,11 +1862,11 @@ def grade(path, as_json=False, names=EXERCISES):
     source, notes = read_source(path)
     notes += statements(source)[1]
     theirs = definitions(source)
-    notes += [f"{helper} was given, and is not as it was" for helper in sorted(edited(theirs))]
+    notes += [f"{helper} was given, and is not as it was" for helper in edited(theirs)]
     rows = []
     for name, results in zip(names, judge_all(repeat(source), names)):
         points, lines = mark(name, results)
-        if lines:
+        if lines and name in theirs:
             lines += remarks(name, theirs)
         rows.append(dict(name=name, score=points, max_score=EXERCISES[name],
                          output="\n".join(lines) or "passed"))
@@ -1895,18 +1885,18 @@ def trust():
     """Judge SOLUTIONS and MISTAKES; returns what goes against expectation."""
     reference = text_of("poad.py")
     jobs = [(text, re.search(r"def (\w+)", text)[1], None) for text in SOLUTIONS]
-    for name, pairs in MISTAKES.items():
+    for line in MISTAKES.splitlines()[1:]:
+        name, old, new = re.split(": | -> ", line, maxsplit=2)
         body = "\n".join(reference.splitlines()[find(reference, name)])
-        for old, new in pairs:
-            if body.count(old) != 1:
-                raise ValueError(f"{name} has {old!r} {body.count(old)} times, expected once")
-            jobs.append((reference.replace(body, body.replace(old, new)), name, (old, new)))
+        if body.count(old) != 1:
+            raise ValueError(f"{name} has {old!r} {body.count(old)} times, expected once")
+        jobs.append((reference.replace(body, body.replace(old, new)), name, line))
     sources, names, mistakes = zip(*jobs)
     surprises = []
     for name, mistake, results in zip(names, mistakes, judge_all(sources, names, ["-x"])):
         wrong = " ".join(results.values()).strip()
         if mistake and not wrong:
-            surprises.append(f"{name}: no test finds this mistake: {mistake}")
+            surprises.append(f"no test finds this mistake: {mistake}")
         if wrong and not mistake:
             surprises.append(f"{name}: the one in SOLUTIONS is right, but red: {wrong}")
     print(f"{len(SOLUTIONS)} right versions, {len(jobs) - len(SOLUTIONS)} wrong ones,",
@@ -1971,31 +1961,42 @@ def test_kit_blank_takes_out_bodies_and_nothing_else(tmp_path, capsys):
     assert "gae: not written yet" in capsys.readouterr().out
 
 
-SLIPS = [line.split(" -> ") for line in r"""
-def mean(x, mask): return x -> function masked_mean not found
-def masked_mean(x, mask): return (x -> line 1: '(' was never closed
-def masked_mean(x, mask): return "é" -> line 1: not UTF-8
-def masked_mean(x, mask): return input() -> input() has nobody to ask (line 1)
-def masked_mean(mask, x): return x -> masked_mean takes (x, mask), yours takes (mask, x)
-import nowhere\ndef masked_mean(x, mask): return nowhere -> No module named 'nowhere'
-def masked_mean(x, mask): return copy\ncopy = masked_mean\nassert False -> shape
-def selected(): 0\ndef masked_mean(x, mask): return selected(x) -> it uses selected, which you
-def masked_mean(x, mask):\n while True: print(breakpoint()) -> an endless loop?
-def masked_mean(x, mask): import pytest; pytest.exit("", returncode=0) -> it did not end
-def masked_mean(x, mask): import os; os._exit(0) -> it did not end
-def masked_mean(x, mask): raise SystemExit -> SystemExit
-import poad\ncopy = poad.masked_mean\ndef masked_mean(x, mask): return copy(x, mask) -> 'copy'
-""".strip().splitlines()]
+SLIPS = """
+def state_values(q): return input()
+def action_backup(q): return (q
+import nowhere
+def token_backup(q, *rest): return nowhere
+def bad_backup(q, mdp, gamma, **mode): "é"; return token_backup(q, mdp, gamma, 1, **mode)
+def acton_policy(token_policy, mdp): return 0
+def bad_discounts(done, action_end, gamma): return gamma
+def gae(*args): same_shape(); return args[0]
+def same_shape(): 0
+def masked_mean(x, mask):
+    while True: print(breakpoint())
+def normalize(x, mask): import pytest; pytest.exit("", returncode=0)
+def ppo_policy_loss(*args): import os; os._exit(0)
+def value_loss(*args): raise SystemExit
+import poad
+stolen = poad.menu_logp
+def menu_logp(logits, allowed): return stolen(logits, allowed)
+assert 0
+from poad import assign
+"""
+VERDICTS = """input() has nobody to ask (line 2)|function action_backup not found|'(' was never closed
+No module named 'nowhere'|line 6: not UTF-8|function action_policy not found|an endless loop?
+bad_discounts takes (action_end, done, gamma, gamma_token), yours takes (done, action_end, gamma)
+uses same_shape, which is not as it was|did end early|no attribute 'menu_logp'|value_loss: SystemExit
+function assign not found"""
 
 
-@pytest.mark.parametrize("slip, words", SLIPS, ids=[words for _, words in SLIPS])
-def test_kit_grade_one_slip_costs_one_exercise(slip, words, tmp_path, monkeypatch, capsys):
+def test_kit_grade_one_slip_costs_one_exercise(tmp_path, monkeypatch, capsys):
+    """All these in one file, and nothing but bad_backup is right: it gets its point."""
     monkeypatch.setenv("CPU_SECONDS", "2")
-    path = tmp_path / "poad.py"
-    right = "def bad_backup(q, mdp, gamma, **mode): return token_backup(q, mdp, gamma, 1, **mode)"
-    path.write_text(slip.replace(r"\n", "\n") + "\n" + right, "latin-1")
-    assert grade(path, names=["masked_mean", "bad_backup"]) == EXERCISES["bad_backup"]
-    assert words in capsys.readouterr().out
+    (tmp_path / "poad.py").write_text(SLIPS, "latin-1")
+    assert grade(tmp_path / "poad.py") == EXERCISES["bad_backup"]
+    printed = capsys.readouterr().out
+    for words in re.split(r"[|\n]", VERDICTS):
+        assert words in printed
 
 
 def test_kit_grade_takes_off_what_a_test_is_worth(tmp_path, capsys):
@@ -2083,76 +2084,107 @@ def value_loss(values, returns, mask):
             losses.append((v - target) ** 2 / 2)
     return sum(losses) / len(losses)
 """]
-MISTAKES = {  # function: (text that its body holds once, what is wrong in its place)
-    "state_values": [("q.amax(-1)", "q.amin(-1)"), ("q.amax(-1)", "q.clamp(min=0).amax(-1)"),
-        ("torch.where(policy == 0, 0, policy * q)", "(policy * q)"), (".sum(-1)", ".mean(-1)"),
-        ("return temperature * torch", "return torch"), ("q / temperature", "q"),
-        ("torch.logsumexp(q / temperature, -1)", "(q / temperature).exp().sum(-1).log()"),
-        ("temperature == 0", "True"), ("same_shape(q=q, policy=policy)", "pass")],
-    "action_backup": [("+ gamma *", "+"), ("mdp.reward + ", ""),
-        ("policy, temperature)", "policy)"), ("(q, policy,", "(q, None,"),
-        ("mdp.reward + gamma * mdp.transition @ v", "gamma * (mdp.reward + mdp.transition @ v)"),
-        ("same_shape(reward=mdp.reward, q=q)", "pass")],
-    "token_backup": [("gamma_token * v", "gamma * v"), ("gamma_token * v", "v"),
-        ("@ v[:, 0]", "@ v[:, -1]"), ("reward + gamma", "reward + gamma * gamma_token"),
-        ("policy, temperature)", "policy)"), ("(q, policy,", "(q, None,"),
-        ("q.masked_fill(~valid, -torch.inf)", "q"), ("torch.full_like(q, -torch.inf)", "0 * q"),
-        ("q = q.masked_fill(~valid, -torch.inf)", "new = q.clone()"), ("check_table", "(max)")],
-    "bad_backup": [("1.0", "gamma"), ("policy, temperature)", "policy)"),
-        ("1.0, policy", "1.0, None")],
-    "action_policy": [("probability * token", "token"),
-        ("enumerate(action)", "enumerate(action[:1])"),
-        ("as_tensor(token_policy)", "as_tensor(token_policy).clamp(min=1e-8)"),
-        ("as_tensor(token_policy)", "as_tensor(token_policy).float()"),
-        ("as_tensor(token_policy)", "as_tensor(token_policy).detach()")],
-    "bad_discounts": [("+ gamma_token", "+ gamma"),
-        ("action_end.bool() & done.bool()", "done.bool()"), ("] = 0", "] = gamma"),
-        ("] = gamma", "] = gamma * gamma_token"),
-        ("same_shape(action_end=action_end, done=done)", "pass")],
-    "gae": [("* next_value -", "* values[:, n] -"),
-        ("discounts[:, n] * next_value", "next_value"),
-        ("* next_value - values[:, n]", "* next_value"), ("discounts[:, n] * lambdas", "lambdas"),
-        ("lambdas[:, n] * next_adv", "next_adv"), ("zeros_like(next_value)", "clone(next_value)"),
-        ("= last_values", "= 0 * last_values"), ("advantages + values", "advantages"),
-        ("torch.where(written, values[:, n], next_value)", "values[:, n]"),
-        ("torch.where(written, advantage, next_advantage)", "advantage"),
-        ("torch.where(written, advantage, 0)", "advantage"),
-        ("lambdas[:, n] *", "lambdas.roll(-1, 1)[:, n] *"),
-        ("discounts[:, n] * lambdas", "discounts.roll(-1, 1)[:, n] * lambdas"),
-        ("torch.zeros_like(values)", "torch.zeros(values.shape)"),
-        ("return advantages, torch.where(mask, advantages + values, 0)",
-         "return torch.where(mask, advantages + values, 0), advantages")],
-    "masked_mean": [("entries.mean()", "entries.sum() / mask.numel()"),
-        ("entries.mean()", "entries[entries != 0].mean()"),
-        ("[entries] = selected(mask, x=x)", "entries = x[mask.bool()]")],
-    "normalize": [("x - masked_mean(x, mask)", "x - x.mean()"), (".sqrt()", ""),
-        ("return centred", "return x"), (" + 1e-8", ""), ("1e-8", "1e-5"),
-        ("masked_mean(centred**2, mask).sqrt()", "centred[mask.bool()].std()"),
-        ("[entries] = selected(mask, x=x)", "entries = x[mask.bool()]")],
-    "ppo_policy_loss": [("torch.minimum", "torch.maximum"),
-        ("logp - old_logp", "old_logp - logp"), ("return -objective", "return objective"),
-        ("minimum(ratio", "minimum(clipped"), ("ratio - 1 - log_ratio", "-log_ratio"),
-        ("(ratio - 1).abs()", "(ratio - 1)"), ("1 + clip", "1.2"), (".mean().detach()", ".mean()"),
-        (".mean().detach()", ".mean().item()"), (".to(ratio).mean()", ".to(ratio).mean().item()"),
-        ("-objective.mean()", "-objective.sum()")],
-    "value_loss": [(" / 2", ""), (".mean()", ".sum()"), (" ** 2", ".abs()"),
-        ("values - returns", "values.detach() - returns"),
-        ("selected(mask, values=values, returns=returns)", "values * mask, returns * mask"),
-        ("selected(mask, values=values, returns=returns)",
-         "values[mask.bool()], returns[mask.bool()]")],
-    "menu_logp": [("~allowed", "allowed"), (".log_softmax(-1)", ""), (".float()", ""),
-        (".float()", ".bfloat16()"), ("-torch.inf", "-1e9")],
-    "score": [("entry[:-1]", "entry"), ("len(text.split())", "len(text)"),
-        ("(prompt, None, entry[:-1])", "(prompt, menu, entry)"), ('== "twosome"', '== "glam"'),
-        ("slots[..., 0].sum(1)", "slots[..., 0].mean(1)")],
-    "assign": [("end * rewards", "mask * rewards"), ("end & done.", "end & ~done."),
-        ("config.lam, lam_token", "lam_token, config.lam"), ("config, trust", "config"),
-        ("last_values=last_values", "last_values=0 * last_values"),
-        ("config.gamma, gamma_token", "gamma_token, config.gamma"),
-        ("mask.sum(1, keepdim=True)", "mask.shape[1]"),
-        ("rewards.reshape(-1, 1)", "rewards[:, :].reshape(-1, 1)"),
-        ("return advantages.view(mask.shape), returns.view(mask.shape)",
-         "return returns.view(mask.shape), advantages.view(mask.shape)")]}
+MISTAKES = """  function: what its body holds once -> what is wrong in its place
+state_values: q.amax(-1) -> q.amin(-1)
+state_values: q.amax(-1) -> q.clamp(min=0).amax(-1)
+state_values: torch.where(policy == 0, 0, policy * q) -> (policy * q)
+state_values: .sum(-1) -> .mean(-1)
+state_values: return temperature * torch -> return torch
+state_values: q / temperature -> q
+state_values: torch.logsumexp(q / temperature, -1) -> (q / temperature).exp().sum(-1).log()
+state_values: temperature == 0 -> True
+state_values: same_shape(q=q, policy=policy) -> pass
+action_backup: + gamma * -> +
+action_backup: mdp.reward +  -> 
+action_backup: policy, temperature) -> policy)
+action_backup: (q, policy, -> (q, None,
+action_backup: mdp.reward + gamma * mdp.transition @ v -> gamma * (mdp.reward + mdp.transition @ v)
+action_backup: same_shape(reward=mdp.reward, q=q) -> pass
+token_backup: gamma_token * v -> gamma * v
+token_backup: gamma_token * v -> v
+token_backup: @ v[:, 0] -> @ v[:, -1]
+token_backup: reward + gamma -> reward + gamma * gamma_token
+token_backup: policy, temperature) -> policy)
+token_backup: (q, policy, -> (q, None,
+token_backup: q.masked_fill(~valid, -torch.inf) -> q
+token_backup: torch.full_like(q, -torch.inf) -> 0 * q
+token_backup: q = q.masked_fill(~valid, -torch.inf) -> new = q.clone()
+token_backup: check_table -> (max)
+bad_backup: 1.0 -> gamma
+bad_backup: policy, temperature) -> policy)
+bad_backup: 1.0, policy -> 1.0, None
+action_policy: probability * token -> token
+action_policy: enumerate(action) -> enumerate(action[:1])
+action_policy: as_tensor(token_policy) -> as_tensor(token_policy).clamp(min=1e-8)
+action_policy: as_tensor(token_policy) -> as_tensor(token_policy).float()
+action_policy: as_tensor(token_policy) -> as_tensor(token_policy).detach()
+bad_discounts: + gamma_token -> + gamma
+bad_discounts: action_end.bool() & done.bool() -> done.bool()
+bad_discounts: ] = 0 -> ] = gamma
+bad_discounts: ] = gamma -> ] = gamma * gamma_token
+bad_discounts: same_shape(action_end=action_end, done=done) -> pass
+gae: * next_value - -> * values[:, n] -
+gae: discounts[:, n] * next_value -> next_value
+gae: * next_value - values[:, n] -> * next_value
+gae: discounts[:, n] * lambdas -> lambdas
+gae: lambdas[:, n] * next_adv -> next_adv
+gae: zeros_like(next_value) -> clone(next_value)
+gae: = last_values -> = 0 * last_values
+gae: advantages + values -> advantages
+gae: torch.where(written, values[:, n], next_value) -> values[:, n]
+gae: torch.where(written, advantage, next_advantage) -> advantage
+gae: torch.where(written, advantage, 0) -> advantage
+gae: lambdas[:, n] * -> lambdas.roll(-1, 1)[:, n] *
+gae: discounts[:, n] * lambdas -> discounts.roll(-1, 1)[:, n] * lambdas
+gae: torch.zeros_like(values) -> torch.zeros(values.shape)
+gae: return advantages, -> return advantages + values,
+masked_mean: entries.mean() -> entries.sum() / mask.numel()
+masked_mean: entries.mean() -> entries[entries != 0].mean()
+masked_mean: [entries] = selected(mask, x=x) -> entries = x[mask.bool()]
+normalize: x - masked_mean(x, mask) -> x - x.mean()
+normalize: .sqrt() -> 
+normalize: return centred -> return x
+normalize:  + 1e-8 -> 
+normalize: 1e-8 -> 1e-5
+normalize: masked_mean(centred**2, mask).sqrt() -> centred[mask.bool()].std()
+normalize: [entries] = selected(mask, x=x) -> entries = x[mask.bool()]
+ppo_policy_loss: torch.minimum -> torch.maximum
+ppo_policy_loss: logp - old_logp -> old_logp - logp
+ppo_policy_loss: return -objective -> return objective
+ppo_policy_loss: minimum(ratio -> minimum(clipped
+ppo_policy_loss: ratio - 1 - log_ratio -> -log_ratio
+ppo_policy_loss: (ratio - 1).abs() -> (ratio - 1)
+ppo_policy_loss: 1 + clip -> 1.2
+ppo_policy_loss: .mean().detach() -> .mean()
+ppo_policy_loss: .mean().detach() -> .mean().item()
+ppo_policy_loss: .to(ratio).mean() -> .to(ratio).mean().item()
+ppo_policy_loss: -objective.mean() -> -objective.sum()
+value_loss:  / 2 -> 
+value_loss: .mean() -> .sum()
+value_loss:  ** 2 -> .abs()
+value_loss: values - returns -> values.detach() - returns
+value_loss: selected(mask, values=values, returns=returns) -> values * mask, returns * mask
+value_loss: selected(mask, values=values, returns=returns) -> values[mask.bool()], returns[mask.bool()]
+menu_logp: ~allowed -> allowed
+menu_logp: .log_softmax(-1) -> 
+menu_logp: .float() -> 
+menu_logp: .float() -> .bfloat16()
+menu_logp: -torch.inf -> -1e9
+score: entry[:-1] -> entry
+score: len(text.split()) -> len(text)
+score: (prompt, None, entry[:-1]) -> (prompt, menu, entry)
+score: == "twosome" -> == "glam"
+score: slots[..., 0].sum(1) -> slots[..., 0].mean(1)
+assign: end * rewards -> mask * rewards
+assign: end & done. -> end & ~done.
+assign: config.lam, lam_token -> lam_token, config.lam
+assign: config, trust -> config
+assign: last_values=last_values -> last_values=0 * last_values
+assign: config.gamma, gamma_token -> gamma_token, config.gamma
+assign: mask.sum(1, keepdim=True) -> mask.shape[1]
+assign: rewards.reshape(-1, 1) -> rewards[:, :].reshape(-1, 1)
+assign: return advantages.view -> return (advantages + values).view
+"""
 
 
 if __name__ == "__main__":
