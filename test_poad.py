@@ -1735,7 +1735,7 @@ def graft(source, name):
                 code = compile(ast.Module([part], []), "their poad.py", "exec")
                 exec(code, vars(poad), space)
             except BaseException as error:
-                failed.append(f"line {part.lineno}: {error}")
+                failed.append(f"line {part.lineno}: {error!r}")
             for word, value in space.items():
                 setattr(owner, word, value)
     return failed
@@ -1749,7 +1749,7 @@ class Reporter:
 
     def pytest_collection_finish(self, session):
         for item in session.items:
-            self.send((item.name, "Python did end early: a crash, an exit"))
+            self.send((item.name, "Python ended here: a crash, an exit, a loop?"))
 
     def pytest_runtest_logreport(self, report):
         if report.skipped:
@@ -1759,9 +1759,9 @@ class Reporter:
 
     def pytest_exception_interact(self, node, call):
         words = call.excinfo.exconly(tryshort=True).removeprefix("Failed: ").split("\n")[0]
-        for entry in call.excinfo.traceback:
-            if str(entry.path) == "their poad.py":
-                words = f"{words} (line {entry.lineno + 1})"
+        lines = [x.lineno + 1 for x in call.excinfo.traceback if str(x.path) == "their poad.py"]
+        if lines:
+            words = f"{words} (line {lines[-1]})"
         if call.excinfo.errisinstance(NameError):
             words = "; ".join([words, *self.failed])
         self.send((node.name, words[:300]))
@@ -1846,12 +1846,10 @@ def edited(theirs):
 
 def remarks(name, theirs):
     """What may explain red tests: other arguments, changed helpers."""
-    takes = []
-    for functions in (definitions(text_of("poad.py")), theirs):
-        arguments = [x.arg for x in functions[name].args.args]
-        takes.append(f"takes ({', '.join(arguments)})")
-    if takes[0] != takes[1]:
-        yield f"{name} {takes[0]}, yours {takes[1]}"
+    expected = definitions(text_of("poad.py"))[name].args
+    args = theirs[name].args
+    if [x.arg for x in args.args] != [x.arg for x in expected.args]:
+        yield f"{name} takes ({ast.unparse(expected)}), yours takes ({ast.unparse(args)})"
     used = {getattr(node, "id", "") for node in ast.walk(theirs[name])}
     for helper in used.intersection(edited(theirs)):
         yield f"it uses {helper}, which is not as it was given: here it is"
@@ -1862,7 +1860,7 @@ def grade(path, as_json=False, names=EXERCISES):
     source, notes = read_source(path)
     notes += statements(source)[1]
     theirs = definitions(source)
-    notes += [f"{helper} was given, and is not as it was" for helper in edited(theirs)]
+    notes += [f"{helper} was given and is changed: not used" for helper in edited(theirs)]
     rows = []
     for name, results in zip(names, judge_all(repeat(source), names)):
         points, lines = mark(name, results)
@@ -1962,9 +1960,9 @@ def test_kit_blank_takes_out_bodies_and_nothing_else(tmp_path, capsys):
 
 
 SLIPS = """
+import nowhere
 def state_values(q): return input()
 def action_backup(q): return (q
-import nowhere
 def token_backup(q, *rest): return nowhere
 def bad_backup(q, mdp, gamma, **mode): "é"; return token_backup(q, mdp, gamma, 1, **mode)
 def acton_policy(token_policy, mdp): return 0
@@ -1982,10 +1980,10 @@ def menu_logp(logits, allowed): return stolen(logits, allowed)
 assert 0
 from poad import assign
 """
-VERDICTS = """input() has nobody to ask (line 2)|function action_backup not found|'(' was never closed
+VERDICTS = """input() has nobody to ask (line 3)|function action_backup not found|'(' was never closed
 No module named 'nowhere'|line 6: not UTF-8|function action_policy not found|an endless loop?
-bad_discounts takes (action_end, done, gamma, gamma_token), yours takes (done, action_end, gamma)
-uses same_shape, which is not as it was|did end early|no attribute 'menu_logp'|value_loss: SystemExit
+bad_discounts takes (action_end, done, gamma, gamma_token=1.0), yours takes (done, action_end, gamma
+uses same_shape, which is not as it was|Python ended here|no attribute 'menu_logp'|value_loss: SystemExit
 function assign not found"""
 
 
@@ -2019,7 +2017,9 @@ def normalize(x, mask):
 
 SOLUTIONS = ["""
 def gae(rewards, values, discounts, lambdas, mask, last_values):
-    same_shape(r=rewards, v=values, d=discounts, l=0 * values + lambdas, m=mask)
+    same_shape(r=rewards, v=values, d=discounts, m=mask)
+    if torch.is_tensor(lambdas):
+        same_shape(l=lambdas, v=values)
     advantages = torch.zeros_like(values).detach()  # A_n = Σ_m δ_m Π_{n≤k<m} γ_k λ_k
     decay = discounts * lambdas
     for b, written in enumerate(mask):
@@ -2164,7 +2164,7 @@ value_loss: .mean() -> .sum()
 value_loss:  ** 2 -> .abs()
 value_loss: values - returns -> values.detach() - returns
 value_loss: selected(mask, values=values, returns=returns) -> values * mask, returns * mask
-value_loss: selected(mask, values=values, returns=returns) -> values[mask.bool()], returns[mask.bool()]
+value_loss: selected(mask, -> (lambda m, **x: [y[m > 0] for y in x.values()])(mask,
 menu_logp: ~allowed -> allowed
 menu_logp: .log_softmax(-1) -> 
 menu_logp: .float() -> 
