@@ -1983,7 +1983,7 @@ from poad import assign
 VERDICTS = """input() has nobody to ask (line 3)|function action_backup not found|'(' was never closed
 No module named 'nowhere'|line 6: not UTF-8|function action_policy not found|an endless loop?
 bad_discounts takes (action_end, done, gamma, gamma_token=1.0), yours takes (done, action_end, gamma
-uses same_shape, which is not as it was|Python ended here|no attribute 'menu_logp'|value_loss: SystemExit
+uses same_shape, which is not as it was|Python ended here|no attribute 'menu_logp'|: SystemExit
 function assign not found"""
 
 
@@ -2095,7 +2095,7 @@ state_values: torch.logsumexp(q / temperature, -1) -> (q / temperature).exp().su
 state_values: temperature == 0 -> True
 state_values: same_shape(q=q, policy=policy) -> pass
 action_backup: + gamma * -> +
-action_backup: mdp.reward +  -> 
+action_backup: mdp.reward + -> 0 * mdp.reward +
 action_backup: policy, temperature) -> policy)
 action_backup: (q, policy, -> (q, None,
 action_backup: mdp.reward + gamma * mdp.transition @ v -> gamma * (mdp.reward + mdp.transition @ v)
@@ -2142,9 +2142,9 @@ masked_mean: entries.mean() -> entries.sum() / mask.numel()
 masked_mean: entries.mean() -> entries[entries != 0].mean()
 masked_mean: [entries] = selected(mask, x=x) -> entries = x[mask.bool()]
 normalize: x - masked_mean(x, mask) -> x - x.mean()
-normalize: .sqrt() -> 
+normalize: .sqrt() -> .abs()
 normalize: return centred -> return x
-normalize:  + 1e-8 -> 
+normalize: + 1e-8 -> + 0
 normalize: 1e-8 -> 1e-5
 normalize: masked_mean(centred**2, mask).sqrt() -> centred[mask.bool()].std()
 normalize: [entries] = selected(mask, x=x) -> entries = x[mask.bool()]
@@ -2159,15 +2159,15 @@ ppo_policy_loss: .mean().detach() -> .mean()
 ppo_policy_loss: .mean().detach() -> .mean().item()
 ppo_policy_loss: .to(ratio).mean() -> .to(ratio).mean().item()
 ppo_policy_loss: -objective.mean() -> -objective.sum()
-value_loss:  / 2 -> 
+value_loss: / 2 -> / 1
 value_loss: .mean() -> .sum()
-value_loss:  ** 2 -> .abs()
+value_loss: ) ** 2 -> ).abs()
 value_loss: values - returns -> values.detach() - returns
 value_loss: selected(mask, values=values, returns=returns) -> values * mask, returns * mask
 value_loss: selected(mask, -> (lambda m, **x: [y[m > 0] for y in x.values()])(mask,
 menu_logp: ~allowed -> allowed
-menu_logp: .log_softmax(-1) -> 
-menu_logp: .float() -> 
+menu_logp: .log_softmax(-1) -> .clone()
+menu_logp: .float() -> .clone()
 menu_logp: .float() -> .bfloat16()
 menu_logp: -torch.inf -> -1e9
 score: entry[:-1] -> entry
