@@ -471,13 +471,6 @@ def test_gae_first_token_has_the_action_level_advantage(lam):
     near(tokens[:, first], whole, "depends on the tokenisation: lambda inside?", tol=1e-6)
 
 
-def test_gae_lambda_at_every_token_loses_credit():
-    """Of a 5-token action worth 1 the first token keeps .95⁴ = .8145 if λ decays per token."""
-    row = t([[[0, 0, 0, 0, 1]], [[0] * 5], [[1, 1, 1, 1, 0]]])
-    advantages, _ = gae(*row, 0.95, torch.ones(1, 5), t([0]))
-    near(advantages[0, 0], 0.95 ** 4, "not λ once per step between tokens", tol=1e-6)
-
-
 def test_gae_targets_are_constants():
     """No gradient, the dtype of the values, and untouched inputs."""
     given = STREAM.float().requires_grad_()
@@ -1622,9 +1615,8 @@ def text_of(name):
 
 def find(source, name):
     """The lines of a function's or a method's body, below its docstring: a slice."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return slice(node.body[0].end_lineno, node.end_lineno)
+    node = definitions(source)[name]
+    return slice(node.body[0].end_lineno, node.end_lineno)
 
 
 def blank_code(source, names):
@@ -1752,10 +1744,11 @@ class Reporter:
             self.send((item.name, "Python ended here: a crash, an exit, a loop?"))
 
     def pytest_runtest_logreport(self, report):
-        if report.skipped:
-            self.send((report.nodeid.split("::")[1], report.longrepr[2]))
-        elif report.passed and report.when == "call":
-            self.send((report.nodeid.split("::")[1], ""))
+        name = report.nodeid.split("::")[1]
+        if hasattr(report, "wasxfail") or report.passed and report.when == "call":
+            self.send((name, ""))
+        elif report.skipped:
+            self.send((name, report.longrepr[2]))
 
     def pytest_exception_interact(self, node, call):
         words = call.excinfo.exconly(tryshort=True).removeprefix("Failed: ").split("\n")[0]
@@ -1980,9 +1973,10 @@ def menu_logp(logits, allowed): return stolen(logits, allowed)
 assert 0
 from poad import assign
 """
-VERDICTS = """input() has nobody to ask (line 3)|function action_backup not found|'(' was never closed
+VERDICTS = """
+input() has nobody to ask (line 3)|function action_backup not found|line 4: '(' was never closed
 No module named 'nowhere'|line 6: not UTF-8|function action_policy not found|an endless loop?
-bad_discounts takes (action_end, done, gamma, gamma_token=1.0), yours takes (done, action_end, gamma
+bad_discounts takes (action_end, done, gamma, gamma_token=1.0), yours takes (done, action_end
 uses same_shape, which is not as it was|Python ended here|no attribute 'menu_logp'|: SystemExit
 function assign not found"""
 
