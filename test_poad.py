@@ -1779,8 +1779,8 @@ def examine(source, name, answer, options):
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # a loop that catches all errors
     failed = graft(source, name)
     sys.modules.pop("test_poad", None)  # pytest imports it anew, to see what poad is now
-    pytest.main([__file__, "-k", f"test_{name}_ or refuses_shapes[{name}]", "-s", *options,
-                 "-p", "no:cacheprovider", "-p", "no:unraisableexception"],
+    pytest.main([__file__, "-k", f"test_{name}_ or refuses_shapes[{name}]", "-s", "--assert=plain",
+                 "-p", "no:cacheprovider", "-p", "no:unraisableexception", *options],
                 plugins=[Reporter(answer.send, failed)])
 
 
