@@ -247,7 +247,8 @@ def normalize(x, mask):
 
     (x − μ) / (σ + 1e-8)                        a true zero is an entry like any other
 
-    x, mask: as in `masked_mean`. Entries that are all alike become 0.
+    x, mask: as in `masked_mean`. Entries that are all alike become 0 exactly, although
+    their mean is rounded.
     >>> normalize(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
     tensor([-1.,  1.,  0.])
     """

@@ -1755,6 +1755,8 @@ class Reporter:
         lines = [x.lineno + 1 for x in call.excinfo.traceback if str(x.path) == "their poad.py"]
         if lines:
             words = f"{words} (line {lines[-1]})"
+        elif words == "AssertionError":  # a test that says no more
+            words = str(call.excinfo.traceback[-1].statement).strip()
         if call.excinfo.errisinstance(NameError):
             words = "; ".join([words, *self.failed])
         self.send((node.name, words[:300]))
@@ -2056,7 +2058,8 @@ def masked_mean(x, mask):
 """, """
 import numpy as np
 def normalize(x, mask):
-    selected(mask, x=x)
+    [entries] = selected(mask, x=x)
+    x = x - entries[0]
     data = np.ma.array(x.numpy(), mask=~mask.bool().numpy())
     return torch.tensor(((data - data.mean()) / (data.std() + 1e-8)).filled(0))
 """, """
