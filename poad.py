@@ -11,6 +11,7 @@ with BAD: its critic, its advantages and its clipped ratio are per token.
     γ, γ_w     gamma, gamma_token   discount between actions, inside one       scalars
     λ, λ_w     lam, lam_token       share of later surprises that GAE passes
                                     back, between actions, inside one          scalars
+    G          returns              what an action brought, as far as known    (B, N)
     Q(o,w<,w)  q                    value of writing w after the prefix w<     (S, N, V)
     v(o,w<)    values               value of an observation and a prefix       (B, N)
     π(w|o,w<)  policy, logp         (log-)probability, (S, N, V) and, written, (B, N)
@@ -31,7 +32,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from statistics import mean, pstdev, stdev
+from statistics import mean, stdev
 
 import torch
 import torch.nn as nn
@@ -54,6 +55,10 @@ def check_table(table, mdp):
 
 
 # ------------------------------------------------- Bellman backups (tables, float64)
+
+# What BAD is, exactly, on tables small enough to solve; training calls none of this. A
+# TokenMDP numbers all beginnings of its actions, ∅ is prefix 0. child[n, w] is the prefix
+# that word w leads to from prefix n, leaf[n, w] the action that it completes, −1 if none.
 
 
 def state_values(q, policy=None, temperature=0.0):
@@ -275,7 +280,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     """
     logp, old_logp, advantages = selected(
         mask, logp=logp, old_logp=old_logp, advantages=advantages)
-    log_ratio = logp - old_logp
+    log_ratio = (logp - old_logp).clamp(max=20)         # e²⁰: beyond, exp overflows
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
@@ -327,13 +332,16 @@ class Action:
     advantages: torch.Tensor = None         # (slots,) see `credit`
 
 
+# Who samples ("token" gets a credit for each token, the others one for the whole action);
+# γ_w, λ_w inside an action, as numbers or as `inside` reads them; Adam's step size; a colour
 METHODS = {
-    # who samples: "token" is credited by the token, the others by the whole action
-    # γ_w, λ_w inside an action: a number, or what stands for it in `inside`
-    # lr: Adam's step size for the LM; the last column is for pictures
+    # the softmax over a menu of Σ log p (GLAM, arXiv 2302.02662), or of that divided by the
+    # number of words (TWOSOME, arXiv 2401.14151)
     "glam": dict(policy="glam", inside=(1, 1), lr=1e-4, color="tab:purple"),
     "twosome": dict(policy="twosome", inside=(1, 1), lr=1e-3, color="tab:green"),
+    # the control: POAD's policy, one credit
     "action": dict(policy="action", inside=(1, 1), lr=1e-3, color="tab:orange"),
+    # naive token level, every token a step (Eq. 9-10), and BAD (Eq. 13-14)
     "ntpo": dict(policy="token", inside=("γ", "λ"), lr=1e-3, color="tab:red"),
     "poad": dict(policy="token", inside=(1, "1 − trust"), lr=1e-3, color="tab:blue")}
 
@@ -557,7 +565,8 @@ def ppo_update(agent, optimizer, actions, config, generator):
             if not column(batch, "choice").any():           # nothing to learn
                 continue
             loss, info = minibatch_loss(agent, batch, config)
-            assert seen or info["kl"] < 1e-5, "the policy that is trained did not sample"
+            assert seen or info["kl"] < 1e-5, (
+                "the policy that is trained is not the one that sampled: TF32, bfloat16?")
             seen.append(info)
             if info["kl"] > config.kl_stop:
                 return diagnostics(seen) | {"stopped": True}
@@ -607,7 +616,11 @@ class Menu:
     """What may be said after a prompt, as token sequences, eos included, and their trie."""
     texts: tuple                # A strings
     entries: list               # A tuples of token ids
-    trie: dict                  # prefix → the tokens with which some entry goes on
+    trie: dict                  # prefix → a tuple of tokens: how some entry goes on
+
+    def options(self, ids):
+        """The tokens that were possible where each token of an entry was written."""
+        return [self.trie[ids[:j]] for j in range(len(ids))]
 
 
 @lru_cache(maxsize=10_000)
@@ -631,7 +644,9 @@ def encode_menu(tokenizer, prompt, texts):
                 f"{text!r} is empty, or the tokenizer cannot tell it from another of {texts}")
         entries.append(entry)
         for j, token in enumerate(entry):
-            trie.setdefault(entry[:j], {})[token] = True
+            known = trie.get(entry[:j], ())
+            if token not in known:
+                trie[entry[:j]] = (*known, token)
     return Menu(texts, entries, trie)
 
 
@@ -655,10 +670,10 @@ def entropy_of(log_pi):
     return -(log_pi.exp() * log_pi.masked_fill(log_pi.isneginf(), 0)).sum(-1)
 
 
-def pad(rows, side="right"):
+def pad(rows, device="cpu", side="right"):
     """R tuples of token ids → one tensor (R, L), and its mask, True on tokens."""
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-    ids = pad_sequence(rows, True, -1, side)
+    ids = pad_sequence(rows, True, -1, side).to(device)
     return ids.clamp(min=0), ids >= 0
 
 
@@ -702,7 +717,7 @@ class LanguageAgent(nn.Module):
         for prompt, prefix in rows:
             for j in range(3):
                 ids = torch.tensor([prompt + prefix[:j]], device=self.lm.device)
-                expected.append(self.lm(input_ids=ids).logits[0, -1])
+                expected.append(self.lm(input_ids=ids, use_cache=False).logits[0, -1])
         expected = torch.stack(expected)                                    # (9, V)
         for self.shares_prompts in (True, False):
             try:
@@ -726,12 +741,13 @@ class LanguageAgent(nn.Module):
         repeat = len(prompts) < len(rows) and max(map(len, prompts)) > 1
         if self.shares_prompts and repeat:
             return self._read_shared(model, prompts, rows)
-        ids, _ = pad([prompt + prefix for prompt, prefix in rows])          # (R, P + W)
-        out = model(input_ids=ids.to(model.device))[0]                      # (R, P + W, ·)
-        last = torch.tensor([[len(prompt) - 1] for prompt, _ in rows])      # (R, 1)
-        width = max(len(prefix) for _, prefix in rows) + 1
-        places = (last + torch.arange(width)).clamp(max=ids.shape[1] - 1)
-        return out[torch.arange(len(rows))[:, None], places]                # (R, W + 1, ·)
+        ids, _ = pad([prompt + prefix for prompt, prefix in rows], model.device)
+        out = model(input_ids=ids, use_cache=False)[0]                      # (R, P + W, ·)
+        parts = []
+        for row, (prompt, prefix) in zip(out, rows):
+            last = len(prompt) - 1                          # the prompt's last token
+            parts.append(row[last:last + len(prefix) + 1])
+        return pad_sequence(parts, batch_first=True)                        # (R, W + 1, ·)
 
     def _read_shared(self, model, prompts, rows):
         """`_read` where prompts repeat: each of U is read once, up to its last token.
@@ -739,22 +755,21 @@ class LanguageAgent(nn.Module):
         Then its cache is copied to its rows, and each reads that last token and its prefix.
         """
         number = {prompt: u for u, prompt in enumerate(prompts)}
-        owner = torch.tensor([number[prompt] for prompt, _ in rows])
-        more, real = pad([prefix for _, prefix in rows])                    # (R, W)
-        ids, mask = pad(prompts, "left")                                    # (U, P)
+        owner = torch.tensor([number[prompt] for prompt, _ in rows], device=model.device)
+        more, real = pad([prefix for _, prefix in rows], model.device)      # (R, W)
+        ids, mask = pad(prompts, model.device, "left")                      # (U, P)
         whole = torch.cat([mask[owner], real], 1)                           # (R, P + W)
         new = torch.cat([ids[owner, -1:], more], 1)                         # (R, 1 + W)
         cache = DynamicCache(config=model.config)
-        self._step(model.base_model, ids[:, :-1], mask[:, :-1], cache)
-        cache.batch_select_indices(owner.to(model.device))
-        return self._step(model, new, whole, cache)                         # (R, W + 1, ·)
 
-    def _step(self, model, ids, mask, cache):
-        """What a model says to the last tokens of rows; the cache knows those before them."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)       # do not count the padding
-        positions = positions[:, -ids.shape[1]:]
-        ids, mask, positions = (x.to(model.device) for x in (ids, mask, positions))
-        return model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache)[0]
+        def step(model, ids, mask):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)   # do not count the padding
+            positions = positions[:, -ids.shape[1]:]
+            return model(ids, attention_mask=mask, position_ids=positions, cache=cache)[0]
+
+        step(model.base_model, ids[:, :-1], mask[:, :-1])
+        cache.batch_select_indices(owner)
+        return step(model, new, whole)                                      # (R, W + 1, ·)
 
     def _check_length(self, rows):
         """ValueError if a prompt with what follows it is longer than the LM's positions."""
@@ -801,23 +816,23 @@ class LanguageAgent(nn.Module):
 
     def _slots(self, rows):
         """`slots` of R distinct rows, M tokens in all; all have a Menu, or none has."""
-        pairs = [(encode(self.tokenizer, prompt), ids[:-1]) for prompt, _, ids in rows]
-        lengths = [len(ids) for _, _, ids in rows]
-        _, real = pad([ids for _, _, ids in rows])                          # (R, L)
-        logits = self._read(self.lm, pairs)[real]                           # (M, V)
+        prompts = [encode(self.tokenizer, prompt) for prompt, _, _ in rows]
+        menus = [menu for _, menu, _ in rows]
+        actions = [ids for _, _, ids in rows]
+        _, real = pad(actions)                                              # (R, L)
+        logits = self._read(self.lm, list(zip(prompts, [ids[:-1] for ids in actions])))
+        logits = logits[real]                                               # (M, V)
+        tokens = list(chain.from_iterable(actions))                         # M of V
         allowed = None
-        place = list(chain.from_iterable(ids for _, _, ids in rows))        # (M,)
-        if rows[0][1] is not None:                          # K tokens that a menu allows
-            options = []
-            for _, menu, ids in rows:
-                options += [menu.trie[ids[:j]] for j in range(len(ids))]
-            place = [tuple(x).index(token) for x, token in zip(options, place)]
-            tokens, allowed = pad([tuple(x) for x in options])
-            logits = logits.gather(1, tokens.to(logits.device))             # (M, K)
-            allowed = allowed.to(logits.device)
+        if menus[0] is not None:
+            options = list(chain.from_iterable(map(Menu.options, menus, actions)))
+            tokens = [x.index(token) for x, token in zip(options, tokens)]  # M of K
+            options, allowed = pad(options, logits.device)                  # (M, K)
+            logits = logits.gather(1, options)
         log_pi = menu_logp(logits, allowed)
-        logp = log_pi[range(len(place)), place]                             # (M,)
-        return torch.stack([logp, entropy_of(log_pi)], 1).cpu().split(lengths)
+        logp = log_pi[range(len(tokens)), tokens]                           # (M,)
+        slots = torch.stack([logp, entropy_of(log_pi)], 1).cpu()            # (M, 2)
+        return slots.split([len(ids) for ids in actions])
 
     def score(self, prompts, menus, policy="glam"):
         """How likely the LM finds each entry of a menu: B tensors (A,), with gradient.
@@ -826,7 +841,7 @@ class LanguageAgent(nn.Module):
 
         p is over the whole vocabulary, without eos. "eat it" with p = ½, ¼: log ⅛, ½ log ⅛.
         For other policies it is Σ_j log π, restricted to the menu and with eos.
-        prompts: B strings; menus: B lists of A strings (or Menus).
+        prompts: B strings; menus: B lists of A strings.
         """
         require(menus is not None, "scores need menus")
         menus = self._menus(prompts, menus, policy)
@@ -848,27 +863,20 @@ class LanguageAgent(nn.Module):
         """B Menus, or B times None (free text); ValueError for what cannot be acted on."""
         require(policy in POLICIES, f"policy is {policy!r}, expected one of {POLICIES}")
         require(not isinstance(prompts, str) and prompts, "expected a list of prompts")
-        if menus is None:
-            menus = [None] * len(prompts)
-        if all(menu is None for menu in menus):
+        if menus is None or list(menus) == [None] * len(prompts):
             require(policy not in RESTRICTED, f"{policy} needs a menu (restricted actions)")
-        else:
-            menus = [self._menu(prompt, menu) for prompt, menu in zip(prompts, menus)]
-        require(len(menus) == len(prompts), f"{len(menus)} menus for {len(prompts)} prompts")
-        return menus
-
-    def _menu(self, prompt, menu):
-        if isinstance(menu, Menu):
-            return menu
-        require(isinstance(menu, (list, tuple)), f"a menu is a list of texts, not {menu!r}")
-        return encode_menu(self.tokenizer, prompt, tuple(menu))
+            return [None] * len(prompts)
+        lists = [menu for menu in menus if isinstance(menu, (list, tuple))]
+        require(len(lists) == len(menus) == len(prompts),
+                f"{len(prompts)} prompts need as many menus, each a list of texts, or none")
+        return [encode_menu(self.tokenizer, *x) for x in zip(prompts, map(tuple, lists))]
 
     def _menu_policy(self, prompts, menus, policy):
         """log π(a|o), the softmax over a menu's scores: (B, A), −inf beyond its end.
 
         Scores of "token" and "action" are log π(a|o) already, which it leaves as they are.
         """
-        scores = self.score(prompts, menus, policy)
+        scores = self.score(prompts, [menu.texts for menu in menus], policy)
         return pad_sequence(scores, True, -torch.inf).log_softmax(-1)
 
     def _write_freely(self, prompts, greedy, generator):
@@ -878,7 +886,7 @@ class LanguageAgent(nn.Module):
         prompts = [encode(self.tokenizer, prompt) for prompt in prompts]
         longest = range(self.lm.generation_config.max_new_tokens)
         self._check_length([(prompt, longest) for prompt in prompts])
-        ids, mask = (x.to(self.lm.device) for x in pad(prompts, "left"))    # (B, P)
+        ids, mask = pad(prompts, self.lm.device, "left")                    # (B, P)
         seed = torch.randint(2**60, (), generator=generator).item()
         with seeded(seed):                                  # `generate` takes no generator
             out = self.lm.generate(ids, attention_mask=mask.long(), do_sample=not greedy)
@@ -914,7 +922,7 @@ class LanguageAgent(nn.Module):
         for prompt, menu, text, ids in zip(prompts, menus, texts, actions):
             choice = torch.ones(len(ids), dtype=torch.bool)
             if menu is not None:
-                choice = torch.tensor([len(menu.trie[ids[:j]]) > 1 for j in range(len(ids))])
+                choice = torch.tensor([len(x) > 1 for x in menu.options(ids)])
             if policy != "token":
                 choice = choice.any(0, keepdim=True)
             records.append(Action(prompt, menu, text.strip(), ids, choice))
@@ -1040,8 +1048,8 @@ def train(agent, env_fn, config):
     a CPU; a GPU adds up in no fixed order).
 
     Yields one dict per update: update, env_steps, episodes; return_mean (undiscounted) and
-    success_rate of the last 100 episodes, with standard errors (None before one has ended);
-    seconds, trust, value_loss; and what `ppo_update` returns.
+    success_rate of the last 100 episodes (None before one has ended); seconds, trust,
+    value_loss; and what `ppo_update` returns.
     """
     begin = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
@@ -1067,14 +1075,11 @@ def train(agent, env_fn, config):
 
 
 def summary(outcomes):
-    """Means of (return, success) over episodes, with standard errors; None without any."""
-    result = {"episodes": len(outcomes)}
-    for name, xs in zip(("return_mean", "success_rate"), zip(*outcomes)):
-        result[name] = mean(xs)
-        result[name + "_error"] = pstdev(xs) / len(xs) ** 0.5
-    nothing = dict.fromkeys(
-        ("return_mean", "return_mean_error", "success_rate", "success_rate_error"))
-    return nothing | result
+    """Means of (return, success) over episodes; None without any."""
+    result = dict(episodes=len(outcomes), return_mean=None, success_rate=None)
+    if outcomes:
+        result["return_mean"], result["success_rate"] = map(mean, zip(*outcomes))
+    return result
 
 
 def seed_of(seed, b, exam=0):
@@ -1111,7 +1116,7 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0, max_step
 PRESETS = {  # where an environment, or a real model, needs other settings than the defaults
     "lunch": dict(updates=10, n_steps=16),
     "orders": dict(updates=20),
-    "scikit": dict(updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=1.0),
+    "scikit": dict(updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=0.3),
     "real": dict(updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=20, epochs=4, minibatches=1)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # Student's t, 2 to 10 seeds
@@ -1174,13 +1179,15 @@ def prepare(options):
 
 def run(agent, env_fn, config, record):
     """Train with a progress bar, then examine; `record` is filled. → a transcript"""
+    metrics = {"trust": 0.0, "seconds": 0.0}                # if there is no update
     bar = tqdm(train(agent, env_fn, config), config.method, config.updates)
     for metrics in bar:
         record["metrics"].append(metrics)
         if metrics["episodes"] >= 16:               # the first to end are the short ones
             bar.set_postfix(success=metrics["success_rate"], trust=metrics["trust"])
     outcomes, story = play(agent, env_fn, 100, config.policy, seed=config.seed)
-    record["exam"] = summary(outcomes)
+    cost = {name: metrics[name] for name in ("trust", "seconds")}
+    record["exam"] = summary(outcomes) | cost
     return story
 
 
@@ -1196,22 +1203,19 @@ def report(runs, path):
     """Print a table of the exams, a row a method, and draw the learning curves."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(layout="constrained")
-    print("method     exam: success     mean return    trust  seconds")
+    columns = ("success_rate", "return_mean", "trust", "seconds")
+    print(" " * 8, *(f"{name:>15}" for name in columns))
     for method, row in METHODS.items():
-        group = [run for run in runs if run["config"]["method"] == method and run["exam"]]
+        group = [run for run in runs if run["exam"] and run["config"]["method"] == method]
+        if not group:
+            continue
+        cells = [interval([run["exam"][name] for run in group]) for name in columns]
+        print(f"{method:8}", *(f"{cell:>15}" for cell in cells))
+        axes.plot([], color=row["color"], label=method)             # for the legend
         for run in group:
             curve = [m for m in run["metrics"] if m["episodes"] >= 16]
             steps = [m["env_steps"] for m in curve]
             axes.plot(steps, [m["success_rate"] for m in curve], color=row["color"])
-        if group:
-            axes.plot([], color=row["color"], label=method)        # for the legend
-            success = interval([run["exam"]["success_rate"] for run in group])
-            returns = interval([run["exam"]["return_mean"] for run in group])
-            print(f"{method:9}{success:>15}{returns:>16}", end="")
-            last = [run["metrics"][-1] for run in group if run["metrics"]]
-            for name in ("trust", "seconds"):
-                print(f"{mean([m[name] for m in last] or [0]):9.2f}", end="")
-            print()
     figure.legend(loc="outside right upper")
     axes.set(title=f"Who learns {runs[0]['config']['env']}?", xlabel="environment steps",
              ylabel="success, last 100 episodes (from the 16th on)")
@@ -1234,6 +1238,7 @@ def main(argv=None):
         out.touch()
         if options.model == "tiny":
             torch.set_num_threads(1)                        # it is too small to share
+        print(f"{len(configs)} runs on {options.device}")
         for config in configs:
             start = load(options.model, env_fn, config.seed, "cpu", options.train_layers)
             agent = copy.deepcopy(start).to(options.device)
@@ -1261,4 +1266,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                # consoles without Greek
     main()
