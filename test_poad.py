@@ -37,10 +37,10 @@ import envs
 import poad
 from envs import ENVS, Player, TokenMDP, lunch_mdp, make, random_mdp
 from poad import (
-    action_backup, action_policy, assign, bad_backup, bad_discounts, collect, encode_menu, gae,
-    inside, load_agent, masked_mean, menu_logp, normalize, play, ppo_policy_loss, ppo_update,
-    solve, state_values, tiny_agent, token_backup, train, value_loss, Config, LanguageAgent,
-    METHODS)
+    action_backup, action_policy, assign, bad_backup, bad_discounts, collect, column, credit,
+    encode, encode_menu, fit_critic, gae, inside, load_agent, masked_mean, measure_trust, menu_logp,
+    normalize, play, ppo_policy_loss, ppo_update, solve, state_values, tiny_agent, token_backup,
+    train, value_loss, Action, Config, LanguageAgent, METHODS)
 
 torch.set_num_threads(1)  # what is tested is small: more threads only wait for each other
 INF = math.inf
@@ -567,7 +567,7 @@ def test_ppo_policy_loss_clip_range():
 def test_value_loss_is_half_the_squared_error(dtype):
     values = t([[1, 3], [2, NAN]]).requires_grad_()
     mask = torch.tensor([[1, 1], [1, 0]]).to(dtype)
-    loss = value_loss(values, t([[0, 5], [2, INF]]), mask)
+    loss = value_loss(values, t([[0, 5], [2, NAN]]), mask)
     near(loss, 5 / 6, "not the mean of ½ (v - R)²", {  # ½ (1 + 4 + 0) / 3
         "the ½ is missing": 5 / 3, "divided by all slots": 5 / 8, "sum instead of mean": 5 / 2,
         "not squared": 1 / 2, "a true zero counted as missing": 5 / 4})
