@@ -1750,6 +1750,8 @@ class Reporter:
             self.send((name, ""))
         elif report.skipped:
             self.send((name, report.longrepr[2]))
+        elif report.failed:
+            self.send((name, str(report.longrepr)[:300]))
 
     def pytest_exception_interact(self, node, call):
         words = call.excinfo.exconly(tryshort=True).split("\n")[0]
