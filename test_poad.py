@@ -272,7 +272,7 @@ def test_bad_backup_has_the_action_level_solution(mode, seed):
     q = token_table(mdp, lambda ids, j: 0)
     for _ in range(160):  # an action has at most 4 tokens, so this is at least ½⁴⁰
         q = bad_backup(q, mdp, 0.5, **token_kwargs)
-    near(q, table, f"not the action level's solution: {mode} mode lost, or gamma inside the action?")
+    near(q, table, f"not the action level's solution: {mode} mode lost, or gamma inside?")
 
 
 @ON_RANDOM_MDPS
@@ -1588,8 +1588,9 @@ not fit are a ValueError: without it they broadcast in silence (`same_shape` and
 
 The grade runs these same tests on each function alone, among right versions of all others, so
 that one mistake costs one exercise. A function's tests have equal shares of its points (only
-`test_refuses_shapes` counts a fifth of another), and the cases of a test equal shares of that; while
-all of the first test is red there are none. Nobody answers `input()`; a test may compute a minute.
+`test_refuses_shapes` counts a fifth of another), and the cases of a test equal shares of that;
+while all of the first test is red there are none. Nobody answers `input()`, and a test may compute
+for a minute.
 
 | function | points | tests |
 |---|---|---|
