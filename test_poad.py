@@ -1639,16 +1639,13 @@ def blank_readme(text):
     return re.sub(r"\d+ tests pass", "what is not written yet is skipped", text)
 
 
-def blank_notebook(text, names):
-    """A notebook without outputs; `credits_of` is `assign` for a table."""
+def blank_notebook(text):
+    """A notebook without outputs, which may show source that is now a task."""
     notebook = json.loads(text)
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             cell["outputs"] = []
             cell["execution_count"] = None
-            source = "".join(cell["source"])
-            if "def credits_of" in source and "assign" in names:
-                cell["source"] = blank_code(source, ["credits_of"])
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -1666,7 +1663,7 @@ def blank(folder, names=EXERCISES):
     for name in ("envs.py", "requirements.txt", "LICENSE"):
         texts[name] = text_of(name)
     for name in ("tabular_demo.ipynb", "llm_demo.ipynb"):
-        texts[name] = blank_notebook(text_of(name), names)
+        texts[name] = blank_notebook(text_of(name))
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
