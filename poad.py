@@ -66,7 +66,8 @@ def state_values(q, policy=None, temperature=0.0):
 
     v = max_w Q(w)   or   Σ_w π(w) Q(w)   or   τ log Σ_w exp(Q(w) / τ)   (soft: App. B.3)
 
-    q, policy: (..., V) → (...). −inf marks an invalid token; probability 0 adds 0.
+    q, policy: (..., V) → (...), in q's dtype. −inf marks an invalid token; probability 0
+    adds 0. ValueError where shapes differ, or for both a policy and a temperature.
     >>> q = torch.tensor([1.0, 3.0, -torch.inf])
     >>> state_values(q).item(), state_values(q, policy=torch.tensor([0.5, 0.5, 0.0])).item()
     (3.0, 2.0)
@@ -88,7 +89,8 @@ def action_backup(q, mdp, gamma, policy=None, temperature=0.0):
 
     Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) v(s')
 
-    q, policy: (S, A); mdp: a TokenMDP, `reward` (S, A), `transition` (S, A, S). → (S, A)
+    q, policy: (S, A), else ValueError; mdp: a TokenMDP, `reward` (S, A), `transition`
+    (S, A, S). → (S, A), float64
     For R = 1, γ = ½, P = (½, ½) and v = (4, 12): 1 + ½ · 8 = 5.
     """
     q = torch.as_tensor(q, dtype=torch.float64)
@@ -105,8 +107,9 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
 
     γ_w = γ treats every token as a step (naive token level, NTPO), γ_w = 1 is BAD. Three
     tokens of one action with reward 1: ¼, ½, 1 at γ_w = ½, and 1, 1, 1 under BAD.
-    q, policy: (S, N, V), ∅ is prefix 0; mdp: a TokenMDP with `child`, `leaf` (N, V).
-    → (S, N, V), −inf at invalid tokens.
+    q, policy: (S, N, V), else ValueError, ∅ is prefix 0; mdp: a TokenMDP with `child`,
+    `leaf` (N, V), both −1 where a token is invalid: q may hold anything there.
+    → (S, N, V), float64, −inf at invalid tokens
     """
     q = torch.as_tensor(q, dtype=torch.float64)
     check_table(q, mdp)
@@ -148,6 +151,8 @@ def action_policy(token_policy, mdp):
     """Probability of whole actions by the chain rule, (S, N, V) → (S, A), differentiable.
 
     π(a|s) = Π_j π(wʲ|s, w<ʲ)                    two tokens of ½ and ¼: ⅛
+
+    In the policy's dtype; another shape than (S, N, V) is a ValueError.
     """
     token_policy = torch.as_tensor(token_policy)
     check_table(token_policy, mdp)
@@ -170,8 +175,8 @@ def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     γ_n = γ_w inside an action,  γ after its last token,  0 after a finished episode's last
 
     BAD is γ_w = 1; naive is γ_w = γ; at action level every slot is an action's end.
-    action_end, done: masks of one shape; `done` counts only at action ends. → floats, same
-    shape.
+    action_end, done: masks of one shape, else ValueError; `done` counts only at action
+    ends. → floats, same shape
     >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
     tensor([[1.0000, 0.5000, 1.0000, 0.0000]])
     """
@@ -193,7 +198,8 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
     v_{n+1} is the value of the next *written* token: a masked slot passes on what follows
     it, and may hold anything.
     rewards, values, discounts, mask: (B, N); lambdas: a scalar or (B, N); last_values (B,):
-    what follows a row's last written token. → advantages, returns (B, N), 0 where masked.
+    what follows a row's last written token. Other shapes: ValueError. → advantages, returns
+    (B, N), 0 where masked, in the dtype of `values` and without gradient.
     >>> one = torch.ones(1, 3)          # an action of three tokens, reward 1 at its end
     >>> reward = torch.tensor([[0.0, 0.0, 1.0]])
     >>> gae(reward, one / 2, torch.tensor([[1, 1, 0]]), 1.0, one, torch.zeros(1))[0]
@@ -231,6 +237,7 @@ def selected(mask, **tensors):
 def masked_mean(x, mask):
     """Mean of x over the entries that the mask selects, Σ m x / Σ m. → scalar
 
+    mask: bool or 0/1, of any dtype and x's shape. ValueError if not, or if all is masked.
     >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([1, 1, 0])).item()
     2.0
     """
@@ -245,6 +252,8 @@ def normalize(x, mask):
 
     (x − μ) / (σ + 1e-8)                        a true zero is an entry like any other
 
+    x, mask: as in `masked_mean`. Entries that are all alike become 0 exactly, although
+    their mean is rounded.
     >>> normalize(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
     tensor([-1.,  1.,  0.])
     """
@@ -261,9 +270,10 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     ratio = exp(logp − old_logp)   loss = −mean min( ratio · Â, clamp(ratio, 1−ε, 1+ε) · Â )
 
     logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, often .1-.3.
-    → loss, and without gradient "kl", the mean of ratio − 1 − log ratio (an estimate of
-    KL(π_old, π)), and "clip_fraction", the share of |ratio − 1| > ε. A log ratio above 20
-    counts as 20, lest exp overflows.
+    → loss, and a dict of scalar tensors without gradient: "kl", the mean of ratio − 1 −
+    log ratio (an estimate of KL(π_old, π)), and "clip_fraction", the share of |ratio − 1| > ε.
+    A log ratio above 20 counts as 20, lest exp overflows. ValueError where shapes differ, or
+    all is masked.
     >>> new = torch.tensor([[1.5, 0.5]]).log()
     >>> one = torch.ones(1, 2)
     >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)   # −(1.2 + .5) / 2
@@ -286,7 +296,7 @@ def value_loss(values, returns, mask):
 
     mean ½ (v − R)²
 
-    values, returns, mask: (B, N). → scalar
+    values, returns, mask: (B, N), else ValueError, also if all is masked. → scalar
     >>> one = torch.ones(1, 1)
     >>> value_loss(3 * one, one, one).item()                               # ½ (3 − 1)²
     2.0
