@@ -271,9 +271,9 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
 
     logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, often .1-.3.
     → loss, and a dict of scalar tensors without gradient: "kl", the mean of ratio − 1 −
-    log ratio (an estimate of KL(π_old, π)), and "clip_fraction", the share of |ratio − 1| > ε.
-    A log ratio above 20 counts as 20, lest exp overflows. ValueError where shapes differ, or
-    all is masked.
+    log ratio (an estimate of KL(π_old, π)), and "clip_fraction", the share of
+    |ratio − 1| > ε. A log ratio above 20 counts as 20, lest exp overflows. ValueError where
+    shapes differ, or all is masked.
     >>> new = torch.tensor([[1.5, 0.5]]).log()
     >>> one = torch.ones(1, 2)
     >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)   # −(1.2 + .5) / 2
@@ -334,7 +334,7 @@ class Action:
 
 
 # Who samples ("token" gets a credit for each token, the others one for the whole action);
-# γ_w, λ_w inside an action, as numbers or as `inside` reads them; Adam's step size; a colour
+# γ_w, λ_w inside an action, as numbers or as `inside` reads them; Adam's step size; colour
 METHODS = {
     # the softmax over a menu of Σ log p (GLAM, arXiv 2302.02662), or of that divided by the
     # number of words (TWOSOME, arXiv 2401.14151)
@@ -605,7 +605,7 @@ POLICIES = ("token", "action", *RESTRICTED)
 
 @lru_cache(maxsize=100_000)
 def encode(tokenizer, text):
-    """The token ids of a text to be continued: special tokens once, and no eos at the end."""
+    """The token ids of a text to be continued: special tokens once, no eos at the end."""
     bos = tokenizer.bos_token
     brings_bos = bos is not None and text.startswith(bos)       # as chat templates do
     ids = tokenizer(text, add_special_tokens=not brings_bos).input_ids
@@ -641,11 +641,13 @@ def encode_menu(tokenizer, prompt, texts):
     trie = {}
     for text in texts:
         ids = encode(tokenizer, prompt + gap + text)
-        require(ids[:len(start)] == start, f"to the tokenizer the end of {prompt!r} and the "
-                f"beginning of {text!r} are one token: end the prompt with a word")
+        require(ids[:len(start)] == start,
+                f"to the tokenizer the end of {prompt!r} and the beginning of {text!r} are "
+                "one token: end the prompt with a word")
         entry = (*ids[len(start):], tokenizer.eos_token_id)
         require(len(entry) > 1 and entry not in entries,
-                f"{text!r} is empty, or the tokenizer cannot tell it from another of {texts}")
+                f"{text!r} is empty, or the tokenizer cannot tell it from another entry "
+                f"of {texts}")
         entries.append(entry)
         for j, token in enumerate(entry):
             known = trie.get(entry[:j], ())
@@ -712,7 +714,7 @@ class LanguageAgent(nn.Module):
 
     @torch.no_grad()
     def _test(self):
-        """Find a way to read that gives what one plain forward a prefix gives, or ValueError.
+        """Find a way to read that gives what one forward a prefix gives, or ValueError.
 
         → H, the size of the body's features.
         """
@@ -781,13 +783,14 @@ class LanguageAgent(nn.Module):
         limit = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
         longest = max(len(prompt) + len(more) for prompt, more in rows)
         require(limit is None or longest <= limit,
-                f"a prompt and its action are {longest} tokens, the LM reads at most {limit}")
+                f"a prompt and its action are {longest} tokens, and the LM reads at most "
+                f"{limit}")
 
     def judge(self, prompts, prefixes):
         """v (B, W + 1) after each of B prompts, and after each token of B prefixes."""
         prompts = [encode(self.tokenizer, prompt) for prompt in prompts]
         rows = list(zip(prompts, prefixes))
-        number = {row: r for r, row in enumerate(dict.fromkeys(rows))}      # equal rows once
+        number = {row: r for r, row in enumerate(dict.fromkeys(rows))}  # equal rows once
         features = self._read(self.body, list(number))
         values = self.head(features.float()).squeeze(-1).cpu()
         return values[[number[row] for row in rows]]
@@ -888,8 +891,8 @@ class LanguageAgent(nn.Module):
 
     def _write_freely(self, prompts, greedy, generator):
         """Free text by `generate` of transformers, up to eos or the limit: B tuples."""
-        require(self.shares_prompts, f"{type(self.lm).__name__} reads rows one way only: it "
-                "can choose from menus, but not write freely")
+        require(self.shares_prompts, f"{type(self.lm).__name__} cannot be read with a "
+                "cache: it can choose from menus, but not write freely")
         prompts = [encode(self.tokenizer, prompt) for prompt in prompts]
         longest = range(self.lm.generation_config.max_new_tokens)
         self._check_length([(prompt, longest) for prompt in prompts])
@@ -941,8 +944,8 @@ class LanguageAgent(nn.Module):
     def evaluate(self, actions, policy="token"):
         """Written actions under the present weights, with gradient: what PPO compares.
 
-        actions: B records of `act` with this policy; where their menu is None, log π is over
-        the vocabulary. → logp, entropy: (B, L), zero where padded; (B, 1) unless "token".
+        actions: B records of `act` with this policy; where a menu is None, log π is over the
+        vocabulary. → logp, entropy: (B, L), zero where padded; (B, 1) unless "token".
         """
         if policy not in RESTRICTED:
             slots = self.slots([(a.prompt, a.menu, a.ids) for a in actions])
@@ -1125,7 +1128,8 @@ PRESETS = {  # where an environment, or a real model, needs other settings than 
     "lunch": dict(updates=10, n_steps=16),
     "orders": dict(updates=20, critic_steps=200, kl_stop=0.3),
     "scikit": dict(updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=0.3),
-    "real": dict(updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=12, epochs=4, minibatches=1)}
+    "real": dict(
+        updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=12, epochs=4, minibatches=1)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # Student's t, 2 to 10 seeds
 

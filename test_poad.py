@@ -825,7 +825,8 @@ REFUSED = """
     Config(updates=-1) | Config(n_envs=0) | Config(n_steps=0.5) | Config(epochs=0) |
     Config(minibatches=-1) | Config(n_envs=1, n_steps=3) | Config(gamma=2) | Config(lam=-0.1) |
     Config(gamma_token=NAN) | Config(lam_token=1.1) | Config(lr=-1.0) | Config(critic_lr=NAN) |
-    Config(kl_stop=-1.0) | act(["you"], [MENU, MENU]) | encode_menu(strange_tokenizer(), "", ("eat",)) |
+    Config(kl_stop=-1.0) | act(["you"], [MENU, MENU]) |
+    encode_menu(strange_tokenizer(), "", ("eat",)) |
     spoilt().act(["you"], [MENU]) | spoilt().act(["you"]) | Config(updates=0.5) |
     poad.take_step(SGD([x], 0.1), NAN * x.sum(), Config())"""
 
@@ -1735,7 +1736,7 @@ for a minute.
 | function | points | tests |
 |---|---|---|
 """
-RUN = 'if __name__ == "__main__":\n    main()\n'
+RUN = 'if __name__ == "__main__":\n'
 RUN_BLANK = '''if __name__ == "__main__":
     import pytest
     try:
@@ -1794,7 +1795,7 @@ def blank(folder, names=EXERCISES):
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: nothing was written")
     tests = text_of("test_poad.py").split("-- course kit\n")[0].rstrip("# -\n")
-    code = blank_code(text_of("poad.py"), names).replace(RUN, RUN_BLANK)
+    code = blank_code(text_of("poad.py"), names).split(RUN)[0] + RUN_BLANK
     texts = {"poad.py": code, "test_poad.py": tests + TEST_BLANK,
              "README.md": blank_readme(text_of("README.md")), "STUDENT.md": STUDENT}
     for name in names:
@@ -2084,7 +2085,7 @@ def test_kit_blank_takes_out_bodies_and_nothing_else(tmp_path, capsys):
     blank(tmp_path)
     stubs = (tmp_path / "poad.py").read_text(encoding="utf-8")
     tests = (tmp_path / "test_poad.py").read_text(encoding="utf-8")
-    text = stubs.replace(RUN_BLANK, RUN)
+    text = stubs.replace(RUN_BLANK, RUN + text_of("poad.py").split(RUN)[1])
     for name in EXERCISES:
         stub = "\n".join(text.splitlines()[find(text, name)])
         body = "\n".join(text_of("poad.py").splitlines()[find(text_of("poad.py"), name)])
