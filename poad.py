@@ -1126,7 +1126,7 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0, max_step
 
 PRESETS = {  # where an environment, or a real model, needs other settings than the defaults
     "lunch": dict(updates=10, n_steps=16),
-    "orders": dict(updates=20, critic_steps=200, kl_stop=0.3),
+    "orders": dict(updates=20, kl_stop=0.3),
     "scikit": dict(updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=0.3),
     "real": dict(
         updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=12, epochs=4, minibatches=1)}
