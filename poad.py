@@ -522,11 +522,18 @@ def fit_critic(agent, optimizer, actions, config, generator):
 def credit(agent, actions, config, trust):
     """Write advantages, normalised over choices, into the actions of a rollout.
 
+    First between actions, as if no critic were trusted inside one: G of every action. Then
+    inside each action, which is over with G: a word's trust in the critic (λ_w = 1 − trust)
+    does not shorten what λ passes back from later actions.
     A forced token, such as the last word of most menu entries, is no choice. It has a value
     and takes part in GAE, but log π = 0 whatever the weights: its advantage moves nothing.
     """
-    values = judge(agent, actions)                                          # (B·T, L)
-    advantages, _ = assign_rollout(agent, actions, values, config, trust)
+    mask = written(actions)                                                 # (B·T, L)
+    values = judge(agent, actions)
+    _, returns = assign_rollout(agent, actions, values, config)
+    outcomes = returns.gather(1, mask.sum(1, keepdim=True) - 1)             # G (B·T, 1)
+    over = torch.ones(len(actions))
+    advantages, _ = assign(config, mask, values, outcomes, over, 0 * over, trust)
     choice = column(actions, "choice")
     if choice.any():
         advantages = normalize(advantages, choice)
