@@ -1051,9 +1051,10 @@ def test_measure_trust_by_hand(values, after, gamma_token, returns, trust):
     (.01, 0.0, [-.1, .1]), (.011, 0.0, [-.1 - .1 * math.exp(-.1), .1 + .1 * math.exp(.1)]),
     (.01, 0.5, [-.05, .15])])
 def test_one_update_by_hand(kl_stop, entropy_coef, logp):
-    """γ = ½, λ = 1, λ_w = 1 − ¾. The second action's slots get, from the end, 4 − 0 = 4 and
-    (0 + 3) + ¼ · 4 = 4; the first's −½ · 3 + 1½ + ½ · 4 = 2 and (−1½ + 3) + ¼ · 2 = 2."""
-    agent = Told([[-3, -1.5], [-3, 0]])
+    """γ = ½, λ = 1: G is ½ · 4 = 2 for the first action, whatever is trusted in the second, and 4.
+    λ_w = 1 − ¾: the first's slots get, from the end, 2 − 0 = 2 and (0 + 1½) + ¼ · 2 = 2, the
+    second's 4 − 0 = 4 and (0 + 3) + ¼ · 4 = 4."""
+    agent = Told([[-1.5, 0], [-3, 0]])
     actions = two_actions()
     config = replace(ONE_PLAYER, lam=1.0, epochs=2, kl_stop=kl_stop, max_grad_norm=INF,
                      entropy_coef=entropy_coef)
