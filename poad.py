@@ -522,9 +522,9 @@ def fit_critic(agent, optimizer, actions, config, generator):
 def credit(agent, actions, config, trust):
     """Write advantages, normalised over choices, into the actions of a rollout.
 
-    First between actions, as if no critic were trusted inside one: G of every action. Then
-    inside each action, which is over with G: a word's trust in the critic (λ_w = 1 − trust)
-    does not shorten what λ passes back from later actions.
+    First between actions, with λ_w = 1 (or as given): G of every action. Then inside each
+    action, which is over with G, with λ_w = 1 − trust: so trusting the critic inside actions
+    does not shorten what λ passes back from later ones.
     A forced token, such as the last word of most menu entries, is no choice. It has a value
     and takes part in GAE, but log π = 0 whatever the weights: its advantage moves nothing.
     """
