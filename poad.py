@@ -28,7 +28,7 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -170,7 +170,7 @@ def action_policy(token_policy, mdp):
 
 
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
-    """The discount on what follows each token: where BAD and naive part.
+    """The discount on what follows each token: where BAD and naive differ.
 
     γ_n = γ_w inside an action,  γ after its last token,  0 after a finished episode's last
 
@@ -312,8 +312,8 @@ def value_loss(values, returns, mask):
 class Action:
     """One written action, in slots: its tokens, or (all policies but "token") the whole.
 
-    The menu is "eat it", "eat pizza", written is "eat it": three tokens, of which only
-    the second could have been another.
+    The `Menu`, the sentences allowed here, is "eat it", "eat pizza"; written is "eat it":
+    three tokens, of which only the second could have been another.
 
         policy     ids              choice                   logp
         "token"    (eat, it, eos)   (False, True, False)     (0, log ½, 0)
@@ -333,18 +333,19 @@ class Action:
     advantages: torch.Tensor = None         # (slots,) see `credit`
 
 
-# Who samples ("token" gets a credit for each token, the others one for the whole action);
-# γ_w, λ_w inside an action, as numbers or as `inside` reads them; Adam's step size; colour
+# Who samples; Adam's step size for the LM; a colour. "token" gets a credit for each token,
+# with γ_w and λ_w inside an action (see `inside`), the others one for the whole action.
 METHODS = {
     # the softmax over a menu of Σ log p (GLAM, arXiv 2302.02662), or of that divided by the
     # number of words (TWOSOME, arXiv 2401.14151)
-    "glam": dict(policy="glam", inside=(1, 1), lr=1e-4, color="tab:purple"),
-    "twosome": dict(policy="twosome", inside=(1, 1), lr=1e-3, color="tab:green"),
+    "glam": dict(policy="glam", lr=1e-4, color="tab:purple"),
+    "twosome": dict(policy="twosome", lr=1e-3, color="tab:green"),
     # the control: POAD's policy, one credit
-    "action": dict(policy="action", inside=(1, 1), lr=1e-3, color="tab:orange"),
-    # naive token level, every token a step (Eq. 9-10), and BAD (Eq. 13-14)
-    "ntpo": dict(policy="token", inside=("γ", "λ"), lr=1e-3, color="tab:red"),
-    "poad": dict(policy="token", inside=(1, "1 − trust"), lr=1e-3, color="tab:blue")}
+    "action": dict(policy="action", lr=1e-3, color="tab:orange"),
+    # naive token level, every token a step (Eq. 9-10): γ_w = γ, λ_w = λ
+    "ntpo": dict(policy="token", lr=1e-3, color="tab:red"),
+    # BAD (Eq. 13-14): γ_w = 1, λ_w = 1 − trust
+    "poad": dict(policy="token", lr=1e-3, color="tab:blue")}
 
 
 def knob(default, help):
@@ -402,13 +403,16 @@ class Config:
 
 
 def inside(config, trust=0.0):
-    """γ_w and λ_w: what was given, else what the method's row says.
+    """γ_w and λ_w: what was given, else what the method wants.
 
-    Trust in the critic is from 0 to 1: λ_w = 1 never takes its word for how an action will
-    end, λ_w = 0 always does.
+    Trust in the critic is from 0 to 1. Without any (the default), λ_w = 1 never takes its
+    word for how an action will end; with all, λ_w = 0 always does.
     """
-    meaning = {1: 1.0, "γ": config.gamma, "λ": config.lam, "1 − trust": 1.0 - trust}
-    gamma_token, lam_token = (meaning[x] for x in METHODS[config.method]["inside"])
+    gamma_token = 1.0
+    lam_token = 1.0 - trust
+    if config.method == "ntpo":                             # every token is a step
+        gamma_token = config.gamma
+        lam_token = config.lam
     if config.gamma_token is not None:
         gamma_token = config.gamma_token
     if config.lam_token is not None:
@@ -473,7 +477,8 @@ def judge(agent, actions):
 def assign_rollout(agent, actions, values, config, trust=0.0):
     """`assign` for the B·T actions of a rollout, with the critic's values (B·T, L).
 
-    An episode that was cut was not over: its last reward gets γ v(o_next) more.
+    An episode that was cut was not over: its last action is `done` for GAE, and γ v(o_next)
+    joins its reward instead.
     """
     rewards = torch.tensor([action.reward for action in actions])           # (B·T,)
     cut = [i for i, action in enumerate(actions) if action.after is not None]
@@ -486,13 +491,15 @@ def assign_rollout(agent, actions, values, config, trust=0.0):
 
 @torch.no_grad()
 def measure_trust(agent, actions, config):
-    """How well the critic knows a rollout that it has not been fitted on, from 0 to 1.
+    """Write the critic's targets into a fresh rollout, and measure, from 0 to 1, how well
+    it knew them before.
 
     R² = 1 − Σ (G − v(o, w<ⁿ))² / Σ (G − v(o))²         trust = max(0, R²)
 
     Of what the prompt leaves open about the outcome, it is the share that the sentence
     tells the critic. G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1) is the λ-return between
-    actions (λ_w = 1). Writes it into the actions: `returns`, γ_w^(n−j) G before slot j.
+    actions (λ_w = 1; with γ_w < 1 what follows is discounted inside, too). The target of
+    slot j, `returns`, is γ_w^(n−j) G.
     """
     values = judge(agent, actions)                                          # (B·T, L)
     between = replace(config, lam_token=1.0)
@@ -523,8 +530,8 @@ def credit(agent, actions, config, trust):
     """Write advantages, normalised over choices, into the actions of a rollout.
 
     First between actions, with λ_w = 1 (or as given): G of every action. Then inside each
-    action, which is over with G, with λ_w = 1 − trust: so trusting the critic inside actions
-    does not shorten what λ passes back from later ones.
+    action, which is over with G, with λ_w = 1 − trust: so trusting the critic inside
+    actions does not shorten what λ passes back from later ones.
     A forced token, such as the last word of most menu entries, is no choice. It has a value
     and takes part in GAE, but log π = 0 whatever the weights: its advantage moves nothing.
     """
@@ -627,16 +634,16 @@ class Menu:
     """What may be said after a prompt, as token sequences, eos included, and their trie."""
     texts: tuple                # A strings
     entries: list               # A tuples of token ids
-    trie: dict                  # prefix → a tuple of tokens: how some entry goes on
+    trie: dict                  # prefix → the tokens with which some entry goes on
 
     def options(self, ids):
         """The tokens that were possible where each token of an entry was written."""
-        return [self.trie[ids[:j]] for j in range(len(ids))]
+        return [tuple(self.trie[ids[:j]]) for j in range(len(ids))]
 
 
 @lru_cache(maxsize=10_000)
 def encode_menu(tokenizer, prompt, texts):
-    """The Menu of a tuple of strings after a prompt; ValueError if it is none.
+    """The Menu of a tuple of strings after a prompt; ValueError for what cannot be one.
 
     An entry's tokens are those that the tokenizer adds to the prompt's when it reads both
     as one text, with a space between them unless the prompt ends in white space.
@@ -657,9 +664,7 @@ def encode_menu(tokenizer, prompt, texts):
                 f"of {texts}")
         entries.append(entry)
         for j, token in enumerate(entry):
-            known = trie.get(entry[:j], ())
-            if token not in known:
-                trie[entry[:j]] = (*known, token)
+            trie.setdefault(entry[:j], {})[token] = None            # a dict, for its order
     return Menu(texts, entries, trie)
 
 
@@ -694,8 +699,9 @@ class LanguageAgent(nn.Module):
     """A transformers causal LM, with its tokenizer, that writes actions; and their critic.
 
     The critic v(o, w<ʲ) is a linear head on its own copy of the LM's body. Who calls whom:
-    act → score (of every entry of the menus) → slots → _read, to choose; act → evaluate →
-    slots, to record; judge → _read. What they return lies on the CPU.
+    act → _menu_policy → score (of every entry of the menus) → slots → _read, to choose;
+    act → evaluate → slots, to record; judge → _read. What act, evaluate, score and judge
+    return lies on the CPU.
     """
 
     def __init__(self, lm, tokenizer, max_new_tokens=32):
@@ -732,7 +738,7 @@ class LanguageAgent(nn.Module):
                 ids = torch.tensor([prompt + prefix[:j]], device=self.lm.device)
                 expected.append(self.lm(input_ids=ids, use_cache=False).logits[0, -1])
         expected = torch.stack(expected)                                    # (9, V)
-        for self.shares_prompts in (True, False):
+        for self.shares_prompts in (True, False):           # stays at the first that passes
             try:
                 error = self._read(self.lm, rows).flatten(0, 1) - expected
             except Exception:                               # a model may fail in any way
@@ -749,7 +755,7 @@ class LanguageAgent(nn.Module):
         (R, W + 1, H) features of a body; W is the longest prefix's length. Plainly: prompt
         and prefix are one row, padded on its right, where a causal LM does not look.
         """
-        self._check_length(rows)
+        self._check_length(max(len(prompt) + len(prefix) for prompt, prefix in rows))
         prompts = list(dict.fromkeys(prompt for prompt, _ in rows))
         repeat = len(prompts) < len(rows) and max(map(len, prompts)) > 1
         if self.shares_prompts and repeat:
@@ -785,10 +791,9 @@ class LanguageAgent(nn.Module):
         cache.batch_select_indices(owner)
         return step(model, new, whole)                                      # (R, W + 1, ·)
 
-    def _check_length(self, rows):
+    def _check_length(self, longest):
         """ValueError if a prompt with what follows it is longer than the LM's positions."""
         limit = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(len(prompt) + len(more) for prompt, more in rows)
         require(limit is None or longest <= limit,
                 f"a prompt and its action are {longest} tokens, and the LM reads at most "
                 f"{limit}")
@@ -831,16 +836,15 @@ class LanguageAgent(nn.Module):
 
     def _slots(self, rows):
         """`slots` of R distinct rows, M tokens in all; all have a Menu, or none has."""
-        prompts = [encode(self.tokenizer, prompt) for prompt, _, _ in rows]
-        menus = [menu for _, menu, _ in rows]
-        actions = [ids for _, _, ids in rows]
+        prompts, menus, actions = zip(*rows)
+        prompts = [encode(self.tokenizer, prompt) for prompt in prompts]
         _, real = pad(actions)                                              # (R, L)
         logits = self._read(self.lm, list(zip(prompts, [ids[:-1] for ids in actions])))
         logits = logits[real]                                               # (M, V)
-        tokens = list(chain.from_iterable(actions))                         # M of V
+        tokens = list(chain(*actions))                         # M of V
         allowed = None
         if menus[0] is not None:
-            options = list(chain.from_iterable(map(Menu.options, menus, actions)))
+            options = list(chain(*map(Menu.options, menus, actions)))
             tokens = [x.index(token) for x, token in zip(options, tokens)]  # M of K
             options, allowed = pad(options, logits.device)                  # (M, K)
             logits = logits.gather(1, options)
@@ -901,9 +905,8 @@ class LanguageAgent(nn.Module):
         require(self.shares_prompts, f"{type(self.lm).__name__} cannot be read with a "
                 "cache: it can choose from menus, but not write freely")
         prompts = [encode(self.tokenizer, prompt) for prompt in prompts]
-        longest = range(self.lm.generation_config.max_new_tokens)
-        self._check_length([(prompt, longest) for prompt in prompts])
         ids, mask = pad(prompts, self.lm.device, "left")                    # (B, P)
+        self._check_length(ids.shape[1] + self.lm.generation_config.max_new_tokens)
         seed = torch.randint(2**60, (), generator=generator).item()
         with seeded(seed):                                  # `generate` takes no generator
             out = self.lm.generate(ids, attention_mask=mask.long(), do_sample=not greedy)
@@ -951,8 +954,8 @@ class LanguageAgent(nn.Module):
     def evaluate(self, actions, policy="token"):
         """Written actions under the present weights, with gradient: what PPO compares.
 
-        actions: B records of `act` with this policy; where a menu is None, log π is over the
-        vocabulary. → logp, entropy: (B, L), zero where padded; (B, 1) unless "token".
+        actions: B records of `act` with this policy; where a menu is None, log π is over
+        the vocabulary. → logp, entropy: (B, L), zero where padded; (B, 1) unless "token".
         """
         if policy not in RESTRICTED:
             slots = self.slots([(a.prompt, a.menu, a.ids) for a in actions])
@@ -1058,7 +1061,7 @@ def collect(agent, players, config, generator, episodes):
         if not action.done:
             action.after = player.obs
             action.done = True
-    return list(chain.from_iterable(zip(*steps)))               # player by player
+    return list(chain(*zip(*steps)))               # player by player
 
 
 def train(agent, env_fn, config):
@@ -1080,16 +1083,15 @@ def train(agent, env_fn, config):
     for update in range(1, config.updates + 1):
         rollout = collect(agent, players, config, generator, episodes)
         recent.append(rollout)
-        trust = measure_trust(agent, rollout, config)
-        value_loss = fit_critic(
+        trust = measure_trust(agent, rollout, config)       # and what `fit_critic` reads
+        critic_loss = fit_critic(
             agent, critic_optimizer, list(chain(*recent)), config, generator)
         credit(agent, rollout, config, trust)
         info = ppo_update(agent, optimizer, rollout, config, generator)
-        steps = update * config.n_envs * config.n_steps
-        seconds = time.perf_counter() - begin
-        yield {"update": update, "env_steps": steps, "seconds": seconds,
+        yield {"update": update, "env_steps": update * len(rollout),
+               "seconds": time.perf_counter() - begin,
                **summary(episodes[-100:]), "episodes": len(episodes),
-               "trust": trust, "value_loss": value_loss, **info}
+               "trust": trust, "value_loss": critic_loss, **info}
 
 
 def summary(outcomes):
@@ -1111,7 +1113,6 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0, max_step
     → (return, success) of each, and the first one as text, two lines an action. ValueError
     if one has not ended after max_steps actions.
     """
-    require(episodes >= 1, f"{episodes} episodes to play, expected at least 1")
     players = [Player(env_fn(), seed_of(seed, b, exam=1)) for b in range(episodes)]
     generator = torch.Generator().manual_seed(seed)
     story = []
@@ -1155,7 +1156,9 @@ class Options(Config):
     save: str = knob("", "folder for the trained models and their critics")
 
     def __post_init__(self):
-        """Nothing: `method` may be several, and each run's own Config is checked."""
+        """`method` may be several; `prepare` makes Options with one, which are checked."""
+        if self.method in METHODS:
+            super().__post_init__()
 
 
 def parse(argv):
@@ -1190,23 +1193,22 @@ def prepare(options):
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {options.device}: {error}") from error
-    knobs = {option.name: getattr(options, option.name) for option in fields(Config)}
     configs = []
     for seed in range(options.seed, options.seed + options.seeds):
-        configs += [Config(**knobs | dict(method=method, seed=seed)) for method in methods]
+        configs += [replace(options, method=method, seed=seed) for method in methods]
     return env_fn, configs
 
 
 def run(agent, env_fn, config, record):
     """Train with a progress bar, then examine; `record` is filled. → a transcript"""
-    metrics = {"trust": 0.0, "seconds": 0.0}                # if there is no update
+    metrics = {"trust": 0.0, "seconds": 0.0}                # where nothing is trained
     bar = tqdm(train(agent, env_fn, config), config.method, config.updates)
     for metrics in bar:
         record["metrics"].append(metrics)
         if metrics["episodes"] >= 16:               # the first to end are the short ones
             bar.set_postfix(success=metrics["success_rate"], trust=metrics["trust"])
     outcomes, story = play(agent, env_fn, 100, config.policy, seed=config.seed)
-    cost = {name: metrics[name] for name in ("trust", "seconds")}
+    cost = {"trust": metrics["trust"], "seconds": metrics["seconds"]}
     record["exam"] = summary(outcomes) | cost
     return story
 
@@ -1221,21 +1223,21 @@ def interval(xs):
 
 def report(runs, path):
     """Print a table of the exams, a row a method, and draw the learning curves."""
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(layout="constrained")
     columns = ("success_rate", "return_mean", "trust", "seconds")
     print(" " * 8, *(f"{name:>15}" for name in columns))
-    for method, row in METHODS.items():
-        group = [run for run in runs if run["exam"] and run["config"]["method"] == method]
-        if not group:
-            continue
-        cells = [interval([run["exam"][name] for run in group]) for name in columns]
-        print(f"{method:8}", *(f"{cell:>15}" for cell in cells))
-        axes.plot([], color=row["color"], label=method)             # for the legend
-        for run in group:
-            curve = [m for m in run["metrics"] if m["episodes"] >= 16]
-            steps = [m["env_steps"] for m in curve]
-            axes.plot(steps, [m["success_rate"] for m in curve], color=row["color"])
+    for method in METHODS:
+        exams = [x["exam"] for x in runs if x["exam"] and x["config"]["method"] == method]
+        if exams:
+            cells = [interval([exam[name] for exam in exams]) for name in columns]
+            print(f"{method:8}", *(f"{cell:>15}" for cell in cells))
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(layout="constrained")
+    for method in dict.fromkeys(x["config"]["method"] for x in runs):
+        axes.plot([], color=METHODS[method]["color"], label=method)         # for the legend
+    for x in runs:
+        curve = [m for m in x["metrics"] if m["episodes"] >= 16]
+        axes.plot([m["env_steps"] for m in curve], [m["success_rate"] for m in curve],
+                  color=METHODS[x["config"]["method"]]["color"])
     figure.legend(loc="outside right upper")
     axes.set(title=f"Who learns {runs[0]['config']['env']}?", xlabel="environment steps",
              ylabel="success, last 100 episodes (from the 16th on)")
@@ -1262,11 +1264,11 @@ def main(argv=None):
         for config in configs:
             start = load(options.model, env_fn, config.seed, "cpu", options.train_layers)
             agent = copy.deepcopy(start).to(options.device)
-            used = vars(options) | asdict(config) | {"lr": config.step_size}
+            used = asdict(config) | {"lr": config.step_size}
             runs.append({"config": used, "exam": None, "metrics": []})
             folder = Path(options.save) / f"{config.method}-{config.seed}"
             if options.save:
-                agent.save(folder)                          # the same
+                agent.save(folder)                          # if that can fail, it fails now
             story = run(agent, env_fn, config, runs[-1])
             if options.save:
                 agent.save(folder)
@@ -1283,7 +1285,7 @@ def main(argv=None):
             out.write_text(text.replace("Infinity", "null"))            # as JSON has it
             print(f"numbers: {out}")
     if runs:
-        report(runs, out.with_name(out.name + ".png"))
+        report(runs, f"{out}.png")
 
 
 if __name__ == "__main__":

@@ -1016,7 +1016,7 @@ def test_assign_follows_the_method():
 def test_config():
     for config, numbers in (
             (Config(), (1, .75)), (replace(Config("poad"), method="ntpo"), (.95, .95)),
-            (Config("action"), (1, 1)), (replace(Config("ntpo"), gamma=.9), (.9, .95)),
+            (replace(Config("ntpo"), gamma=.9), (.9, .95)),
             (Config("ntpo", gamma_token=0.0), (0, .95)), (Config(lam_token=.8), (1, .8))):
         assert inside(config, trust=.25) == numbers, config
     assert inside(Config()) == (1, 1), "no trust unless told"
