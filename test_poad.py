@@ -2210,7 +2210,7 @@ def normalize(x, mask):
 """, """
 def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
     selected(mask, logp=logp, old=old_logp, a=advantages)
-    gain, ratio = advantages[mask.bool()], (logp - old_logp)[mask.bool()].exp()
+    gain, ratio = advantages[mask.bool()], (logp - old_logp)[mask.bool()].clamp(max=20).exp()
     stuck = torch.where(gain > 0, ratio > 1 + clip, ratio < 1 - clip)
     limited = torch.where(stuck, ratio.clamp(1 - clip, 1 + clip), ratio)
     outside = (ratio < 1 - clip) | (ratio > 1 + clip)
