@@ -1137,7 +1137,7 @@ PRESETS = {  # where an environment, or a real model, needs other settings than 
     "orders": dict(updates=20, kl_stop=0.3),
     "scikit": dict(updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=0.3),
     "real": dict(
-        updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=12, epochs=4, minibatches=1)}
+        updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=10, epochs=4, minibatches=1)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # Student's t, 2 to 10 seeds
 
