@@ -775,7 +775,8 @@ def test_menu_logp_by_hand():
     near(menu_logp(logits, None).exp(), [1 / 8, 3 / 8, 1 / 2], "None allows all", tol=1e-6)
     rows = menu_logp(torch.full((1, 2, 2), 100.0), torch.tensor([[[1, 1], [0, 1]]]))
     near(rows.exp(), [[[.5, .5], [0, 1]]], "each row has its own menu", tol=1e-6)
-    assert log_pi.dtype == menu_logp(logits.bfloat16(), None).dtype == torch.float32
+    dtypes = {log_pi.dtype, menu_logp(logits.bfloat16(), None).dtype}
+    assert dtypes == {torch.float32}, "it must be float32, whatever the logits are"
 
 
 def test_a_menu_is_a_trie():
@@ -867,7 +868,8 @@ def test_ppo_policy_loss_of_a_huge_ratio():
 
 @pytest.mark.parametrize("x, size", [(0.3, 6), (10.1, 512)])
 def test_normalize_equal_entries_are_zero(x, size):
-    assert not normalize(torch.full((size,), x), torch.ones(size)).any()
+    same = normalize(torch.full((size,), x), torch.ones(size))
+    assert not same.any(), "entries that are all alike must be 0 exactly"
 
 
 @pytest.mark.parametrize("family", READABLE)
