@@ -996,7 +996,7 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
         lm, tokenizer = tiny_lm(env_fn, seed)
     else:
         try:
-            lm, tokenizer, critic = pretrained(Path(model), model)
+            lm, tokenizer, critic = pretrained(model)
         except Exception as error:                          # a loader may raise anything
             raise ValueError(f"cannot load {model}: expected tiny, a hub id, a folder or "
                              f"a .gguf file. {error}") from error
@@ -1012,8 +1012,9 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
     return agent.to(device)
 
 
-def pretrained(path, model):
+def pretrained(model):
     """A causal LM of transformers, its tokenizer, and the critic that may lie beside it."""
+    path = Path(model)
     options = {}
     if path.suffix == ".gguf":
         options["gguf_file"] = path.name
