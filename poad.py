@@ -156,12 +156,12 @@ def action_policy(token_policy, mdp):
     """
     token_policy = torch.as_tensor(token_policy)
     check_table(token_policy, mdp)
-    number = {prefix: n for n, prefix in enumerate(mdp.prefixes)}
     columns = []
     for action in mdp.actions:
         probability = 1
         for j, token in enumerate(action):
-            probability = probability * token_policy[:, number[action[:j]], token]   # (S,)
+            n = mdp.prefixes.index(action[:j])
+            probability = probability * token_policy[:, n, token]           # (S,)
         columns.append(probability)
     return torch.stack(columns, 1)
 
@@ -721,6 +721,11 @@ class LanguageAgent(nn.Module):
         for weights in self.head.parameters():
             nn.init.zeros_(weights)                         # v = 0 before the first reward
 
+    @property
+    def critic(self):
+        """What `fit_critic` trains, as one module."""
+        return nn.ModuleDict({"body": self.body, "head": self.head})
+
     def train(self, mode=True):
         """In either mode no dropout: the policy that is trained is the one that sampled."""
         return super().train(False)
@@ -972,8 +977,7 @@ class LanguageAgent(nn.Module):
         """Write LM and tokenizer by `save_pretrained`, the critic beside them."""
         self.lm.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        critic = nn.ModuleDict({"body": self.body, "head": self.head})
-        torch.save(critic.state_dict(), Path(folder) / "critic.pt")
+        torch.save(self.critic.state_dict(), Path(folder) / "critic.pt")
 
 
 def tiny_agent(env_fn, seed=0, pretrain_steps=300):
@@ -991,7 +995,7 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
     model: a hub id, a folder (of `save`, with its critic, or of any `save_pretrained`) or a
     .gguf file, else ValueError; train_layers: only so many last layers learn, 0: all.
     """
-    critic = {}
+    critic = None
     if model == "tiny":
         lm, tokenizer = tiny_lm(env_fn, seed)
     else:
@@ -1008,7 +1012,11 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
         lm.requires_grad_(False)                            # the critic's copy inherits it
         layers[-train_layers:].requires_grad_(True)
     agent = LanguageAgent(lm, tokenizer)
-    agent.load_state_dict(critic, strict=False)
+    if critic is not None:
+        try:
+            agent.critic.load_state_dict(critic)
+        except RuntimeError as error:
+            raise ValueError(f"{model}/critic.pt is the critic of another model") from error
     return agent.to(device)
 
 
@@ -1021,7 +1029,7 @@ def pretrained(model):
         model = path.parent
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
     lm.hf_quantizer = None                                  # or it could not be saved
-    critic = {}
+    critic = None
     if (path / "critic.pt").exists():
         critic = torch.load(path / "critic.pt", map_location="cpu", weights_only=True)
     return lm, AutoTokenizer.from_pretrained(model, **options), critic
@@ -1077,8 +1085,7 @@ def train(agent, env_fn, config):
     generator = torch.Generator().manual_seed(config.seed)
     players = [Player(env_fn(), seed_of(config.seed, b)) for b in range(config.n_envs)]
     optimizer = torch.optim.Adam(agent.lm.parameters(), config.step_size)
-    critic = [*agent.body.parameters(), *agent.head.parameters()]
-    critic_optimizer = torch.optim.Adam(critic, config.critic_lr)
+    critic_optimizer = torch.optim.Adam(agent.critic.parameters(), config.critic_lr)
     episodes = []
     recent = deque(maxlen=4)                                    # rollouts, for the critic
     for update in range(1, config.updates + 1):
@@ -1135,8 +1142,10 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0, max_step
 
 PRESETS = {  # where an environment, or a real model, needs other settings than the defaults
     "lunch": dict(updates=10, n_steps=16),
-    "orders": dict(updates=20, kl_stop=0.3),
-    "scikit": dict(updates=12, n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=0.3),
+    "orders": dict(env_options="guests=1", updates=20, n_envs=128, n_steps=1,
+                   minibatches=2, lr=2e-3, kl_stop=0.3),
+    "scikit": dict(env_options="dataset=iris", updates=12, n_envs=32, n_steps=8,
+                   entropy_coef=0.001, kl_stop=0.3),
     "real": dict(
         updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=10, epochs=4, minibatches=1)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1193,7 +1202,8 @@ def prepare(options):
     try:
         torch.zeros(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {options.device}: {error}") from error
+        reason, *_ = str(error).splitlines()                # CUDA goes on for lines
+        raise ValueError(f"--device {options.device}: {reason}") from error
     configs = []
     for seed in range(options.seed, options.seed + options.seeds):
         configs += [replace(options, method=method, seed=seed) for method in methods]
@@ -1246,10 +1256,8 @@ def report(runs, path):
     print(f"curves: {path}")
 
 
-def main(argv=None):
+def main(argv):
     """Train and examine each method with each seed, and keep the numbers."""
-    if argv is None:
-        argv = sys.argv[1:]
     runs = []
     load = lru_cache(maxsize=1)(load_agent)                 # one start for all methods
     try:
@@ -1291,4 +1299,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")                # consoles without Greek
-    main()
+    main(sys.argv[1:])

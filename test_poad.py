@@ -13,6 +13,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tokenize
 from concurrent.futures import ProcessPoolExecutor
@@ -1360,6 +1361,9 @@ def test_save_and_load(tmp_path):
         same = torch.equal(x, agent.state_dict()[name])
         learns = ".1." in name or name.startswith("head")
         assert same != learns, f"{name}: the last layer learns, and the critic's head"
+    torch.save({"head.bias": torch.zeros(1)}, tmp_path / "critic.pt")
+    with pytest.raises(ValueError, match="of another model"):
+        load_agent(str(tmp_path), Clock)
     (tmp_path / "critic.pt").write_bytes(b"half")
     with pytest.raises(ValueError, match="cannot load"):
         load_agent(str(tmp_path), Clock)
@@ -1743,7 +1747,7 @@ RUN = 'if __name__ == "__main__":\n'
 RUN_BLANK = '''if __name__ == "__main__":
     import pytest
     try:
-        main()
+        main(sys.argv[1:])
     except pytest.skip.Exception as unwritten:
         sys.exit(f"poad.py: {unwritten}")
 '''
@@ -2130,14 +2134,17 @@ uses same_shape, which is not as it was|Python ended here|no attribute 'menu_log
 function assign not found"""
 
 
-def test_kit_grade_one_slip_costs_one_exercise(tmp_path, monkeypatch, capsys):
-    """All these in one file, and nothing but bad_backup is right: it gets its point."""
-    monkeypatch.setenv("CPU_SECONDS", "2")
+def test_kit_grade_one_slip_costs_one_exercise(tmp_path):
+    """All these in one file, and nothing but bad_backup is right: it gets its point.
+
+    As a command, since where there is a GPU no fork of these tests may differentiate."""
     (tmp_path / "poad.py").write_text(SLIPS, "latin-1")
-    assert grade(tmp_path / "poad.py") == EXERCISES["bad_backup"]
-    printed = capsys.readouterr().out
+    command = [sys.executable, __file__, "grade", tmp_path / "poad.py"]
+    done = subprocess.run(command, env=os.environ | {"CPU_SECONDS": "2", "PYTHONUTF8": "1"},
+                          capture_output=True, encoding="utf-8")
+    assert done.returncode == 1 and f"{EXERCISES['bad_backup']} of 40" in done.stdout
     for words in re.split(r"[|\n]", VERDICTS):
-        assert words in printed
+        assert words in done.stdout
 
 
 def test_kit_grade_takes_off_what_a_test_is_worth(tmp_path, capsys):
