@@ -1142,8 +1142,8 @@ def play(agent, env_fn, episodes, policy="token", greedy=False, seed=0, max_step
 
 PRESETS = {  # where an environment, or a real model, needs other settings than the defaults
     "lunch": dict(updates=10, n_steps=16),
-    "orders": dict(env_options="guests=1", updates=20, n_envs=128, n_steps=1,
-                   minibatches=2, lr=2e-3, kl_stop=0.3),
+    "orders": dict(method="action,ntpo,poad", env_options="guests=1", updates=20,
+                   n_envs=128, n_steps=1, minibatches=2, lr=2e-3, kl_stop=0.3),
     "scikit": dict(env_options="dataset=iris", updates=12, n_envs=32, n_steps=8,
                    entropy_coef=0.001, kl_stop=0.3),
     "real": dict(

@@ -1307,6 +1307,8 @@ def test_command_line_builds_the_environment():
     assert inside(configs[-1], trust=0.9) == (1, 0.8), "what is typed goes before what is measured"
     env_fn, _ = poad.prepare(poad.parse(["--env_options", "item=pizza"]))
     assert "pizza" in env_fn().reset(seed=0)[0]
+    env_fn, configs = poad.prepare(poad.parse(["--env", "orders"]))
+    assert "no more" in env_fn().reset(seed=0)[0] and len(configs) == 3, "what PRESETS says"
 
 
 def test_command_line_help(cli, capsys):
