@@ -1281,7 +1281,7 @@ def test_command_line(cli, tmp_path, capsys):
     assert sorted(told) == [("glam", 4), ("glam", 5), ("poad", 4), ("poad", 5)]
     assert (tmp_path / "new/x0.1.png").stat().st_size > 1000
     said = capsys.readouterr().out
-    assert said.count("±") == 8, "a table, four numbers for each method"
+    assert len(re.findall(r"±|fail\)", said)) == 8, "a table, four numbers for each method"
     assert "→" in said and "salad" in said, "a transcript"
 
 
@@ -1348,6 +1348,8 @@ def test_summary_and_interval():
     numbers = poad.summary([(1.0, 1.0), (3.0, 0.0)])
     assert numbers == dict(episodes=2, return_mean=2.0, success_rate=0.5)
     assert poad.interval([1, 3]) == "2.00 ± 12.71" and poad.interval([0.5]) == "0.50"
+    assert poad.over_seeds([1, 3]) == "2.00 ± 12.71", "no seed fails"
+    assert poad.over_seeds([1, 0.4, 0.9]) == "0.90 (1 fail)", "the median, not a mean of two heaps"
 
 
 def test_save_and_load(tmp_path):
