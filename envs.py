@@ -383,7 +383,7 @@ class Food(Household):
     """Food preparation (the paper's VirtualHome task): get the pancake into the microwave.
     Sparse reward: +1 at success, which takes 6 steps at best; a random agent manages in
     1.69 % of its episodes.  `item` and `appliance` swap words and leave the rules alone;
-    wording "short" says every action in 3-6 words, "long" in 13-15.  Item and appliance
+    wording "short" says every action in 3-6 words, "long" in 14 or 15.  Item and appliance
     keep their state while the agent is in another room and cannot see them."""
     start = FoodState("kitchen", "nothing", "table", False)
 

@@ -1015,7 +1015,7 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
     if critic is not None:
         try:
             agent.critic.load_state_dict(critic)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise ValueError(f"{model}/critic.pt is the critic of another model") from error
     return agent.to(device)
 
@@ -1155,7 +1155,8 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # Student's t, 2
 @dataclass(frozen=True)
 class Options(Config):
     """The command line: a run's Config, and what else can be asked for."""
-    method: str = knob("", f"some of {','.join(METHODS)}; default: all that can run")
+    method: str = knob("", f"some of {','.join(METHODS)}; default: all that can run "
+                      "(orders: the last three)")
     env: str = knob("food", f"one of {', '.join(ENVS)}")
     env_options: str = knob("", "of the environment, such as guests=1,slots=2")
     model: str = knob("tiny", "tiny, a hub id, a folder or a .gguf file")
@@ -1186,7 +1187,8 @@ def parse(argv):
 def prepare(options):
     """What can be known to fail fails here, before any training. → env_fn, configs"""
     settings = {}
-    for pair in filter(None, options.env_options.split(",")):
+    given = PRESETS.get(options.env, {}).get("env_options", "")
+    for pair in filter(None, f"{given},{options.env_options}".split(",")):
         name, _, value = pair.partition("=")
         settings[name] = int(value) if value.isdecimal() else value
     env_fn = partial(make, options.env, **settings)

@@ -1309,6 +1309,10 @@ def test_command_line_builds_the_environment():
     assert "pizza" in env_fn().reset(seed=0)[0]
     env_fn, configs = poad.prepare(poad.parse(["--env", "orders"]))
     assert "no more" in env_fn().reset(seed=0)[0] and len(configs) == 3, "what PRESETS says"
+    typed = "--env orders --method poad --env_options slots=2"
+    env_fn, [config] = poad.prepare(poad.parse(typed.split()))
+    assert config.method == "poad" and "no more" in env_fn().reset(seed=0)[0], "still one guest"
+    assert len(env_fn().menu()) == 16
 
 
 def test_command_line_help(cli, capsys):
@@ -1350,6 +1354,7 @@ def test_summary_and_interval():
     assert poad.interval([1, 3]) == "2.00 ± 12.71" and poad.interval([0.5]) == "0.50"
     assert poad.over_seeds([1, 3]) == "2.00 ± 12.71", "no seed fails"
     assert poad.over_seeds([1, 0.4, 0.9]) == "0.90 (1 fail)", "the median, not a mean of two heaps"
+    assert poad.over_seeds([0.1, 0.1]) == "0.10 ± 0.00", "all fail"
 
 
 def test_save_and_load(tmp_path):
@@ -2146,7 +2151,7 @@ def test_kit_grade_one_slip_costs_one_exercise(tmp_path):
     command = [sys.executable, __file__, "grade", tmp_path / "poad.py"]
     done = subprocess.run(command, env=os.environ | {"CPU_SECONDS": "2", "PYTHONUTF8": "1"},
                           capture_output=True, encoding="utf-8")
-    assert done.returncode == 1 and f"{EXERCISES['bad_backup']} of 40" in done.stdout
+    assert done.returncode == 1 and f" {EXERCISES['bad_backup']} of 40" in done.stdout
     for words in re.split(r"[|\n]", VERDICTS):
         assert words in done.stdout
 
