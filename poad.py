@@ -995,12 +995,11 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
     model: a hub id, a folder (of `save`, with its critic, or of any `save_pretrained`) or a
     .gguf file, else ValueError; train_layers: only so many last layers learn, 0: all.
     """
-    critic = None
     if model == "tiny":
         lm, tokenizer = tiny_lm(env_fn, seed)
     else:
         try:
-            lm, tokenizer, critic = pretrained(model)
+            lm, tokenizer = pretrained(model)
         except Exception as error:                          # a loader may raise anything
             raise ValueError(f"cannot load {model}: expected tiny, a hub id, a folder or "
                              f"a .gguf file. {error}") from error
@@ -1012,16 +1011,18 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0):
         lm.requires_grad_(False)                            # the critic's copy inherits it
         layers[-train_layers:].requires_grad_(True)
     agent = LanguageAgent(lm, tokenizer)
-    if critic is not None:
+    saved = Path(model) / "critic.pt"
+    if model != "tiny" and saved.exists():
         try:
-            agent.critic.load_state_dict(critic)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{model}/critic.pt is the critic of another model") from error
+            agent.critic.load_state_dict(torch.load(saved, "cpu", weights_only=True))
+        except Exception as error:                          # the same
+            raise ValueError(
+                f"cannot load {saved}: it is broken, or of another model") from error
     return agent.to(device)
 
 
 def pretrained(model):
-    """A causal LM of transformers, its tokenizer, and the critic that may lie beside it."""
+    """A causal LM of transformers, and its tokenizer."""
     path = Path(model)
     options = {}
     if path.suffix == ".gguf":
@@ -1029,10 +1030,7 @@ def pretrained(model):
         model = path.parent
     lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
     lm.hf_quantizer = None                                  # or it could not be saved
-    critic = None
-    if (path / "critic.pt").exists():
-        critic = torch.load(path / "critic.pt", map_location="cpu", weights_only=True)
-    return lm, AutoTokenizer.from_pretrained(model, **options), critic
+    return lm, AutoTokenizer.from_pretrained(model, **options)
 
 
 # ------------------------------------------------- playing and training
