@@ -20,7 +20,6 @@ builds one. Lunch and orders are our own, the others follow the experiments of t
 language in seconds.
 """
 import ast
-import importlib
 import inspect
 import itertools
 import operator
@@ -30,10 +29,12 @@ import warnings
 from collections import Counter, namedtuple
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers.pre_tokenizers import Split
 from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -82,8 +83,8 @@ class TokenMDP:
                     f"action {i} is {action}: it needs token ids, all in {known}")
         size = (*self.reward.shape[:1], len(self.actions))                  # (S, A)
         fits = self.reward.shape == size and self.transition.shape == (*size, size[0])
-        require(fits and self.reward.numel(), "transition must be (S, A, S), reward (S, A), "
-                f"with A = {len(self.actions)} actions")
+        require(fits and self.reward.numel(), "transition must be (S, A, S), reward "
+                f"(S, A), with A = {len(self.actions)} actions")
         off = abs(self.transition.sum(-1) - 1)                              # (S, A)
         fine = (off <= 1e-6) & (self.transition >= 0).all(-1) & self.reward.isfinite()
         for state, action in (~fine).nonzero().tolist():
@@ -117,7 +118,7 @@ def random_mdp(seed, states=4, actions=5, vocab=4, max_length=4):
     require(min(states, actions, vocab, max_length) > 0 and actions <= longest,
             f"{actions} actions do not fit into {longest}, or a size is below 1")
     generator = torch.Generator().manual_seed(seed)
-    enough = max(actions, min(2 * actions, longest - vocab + 1))         # a split less than all
+    enough = max(actions, min(2 * actions, longest - vocab + 1))    # a split less than all
     leaves = [(word,) for word in range(vocab)]
     while True:
         short = [leaf for leaf in leaves if len(leaf) < max_length]
@@ -146,9 +147,8 @@ def lunch_mdp():
     against 0.95 · 0.7 = 0.665.
     """
     sentences = [
-        "wait", "put the salad in the bowl", "eat it",
-        "carry the full bowl over to the table where the guest is waiting and serve the "
-        "salad"]
+        "wait", "put the salad in the bowl", "eat it", "carry the full bowl over to the "
+        "table where the guest is waiting and serve the salad"]
     vocab = sorted(set(" ".join(sentences).split()))
     actions = []
     for sentence in sentences:
@@ -170,9 +170,8 @@ class TextEnv:
         observe()      what the agent reads: one paragraph, which its action continues
         apply(action)  does an admissible action; returns (reward, outcome): None, or at the
                        end whether it succeeded
-    `state` is a hashable value in plain words, without the clock, that can be read and set.
-    Deep copies work. Each environment has a generator of its own: reset(seed) seeds it (0
-    at first), reset() continues it.
+    `state` is hashable, in plain words, without the clock; it can be read and set. Deep
+    copies work. reset(seed) seeds the environment's own generator, reset() continues it.
     """
 
     limit = 50                  # ticks of the clock until the episode is cut
@@ -190,14 +189,13 @@ class TextEnv:
         self.clock = 0
         self.done = False
         self.state = self.start
-        return self.observe(), self._menu_info()
+        return self._look()
 
     def step(self, action):
         """Do `action`; returns (observation, reward, terminated, truncated, info).
 
         An action outside the menu changes nothing, costs a step and sets info["invalid"].
-        info["menu"] lists the next actions. info["success"] says at an episode's end
-        whether it was done; a step after that is a RuntimeError.
+        A step after an episode's end, where info["success"] is told, is a RuntimeError.
         """
         if self.done:
             raise RuntimeError("the episode is over: call reset() first")
@@ -212,16 +210,16 @@ class TextEnv:
         if truncated:
             reward += self.limit_reward
         self.done = terminated or truncated
-        info = self._menu_info()
+        obs, info = self._look()
         if not valid:
             info["invalid"] = True
         if self.done:
             info["success"] = bool(outcome)
-        return self.observe(), reward, terminated, truncated, info
+        return obs, reward, terminated, truncated, info
 
-    def _menu_info(self):
+    def _look(self):
         menu = self.menu()
-        return {"menu": menu} if menu else {}
+        return self.observe(), {"menu": menu} if menu else {}
 
     def menu(self):
         """The admissible actions, distinct strings."""
@@ -244,8 +242,8 @@ class Player:
     """An environment being played: any that follows the calling convention above.
 
     What it answers is checked here; what is wrong is a ValueError that names the field.
-    obs, info   what is shown now, as it came
-    menu        what can be said now, a list of texts; None where text is free, or at the end
+    obs, info   what is shown now
+    menu        what can be said now, a list of texts; None where text is free, or at an end
     total       the return so far
     over, cut   whether the episode is over, and whether that was only a time limit
     success     at its end whether it was done, before that None
@@ -315,11 +313,10 @@ def _listed(menu):
     try:
         menu = list(menu)
     except TypeError:
-        menu = [menu]                                   # refused below, as it is no text
+        menu = [menu]                                   # refused below: it is no text
     require(menu, "menu is empty: leave it out where text is free")
     for text in menu:
-        require(isinstance(text, str) and text.strip(),
-                f"menu has {text!r}, expected a list of texts")
+        require(isinstance(text, str) and text.strip(), f"menu has {text!r}, not a text")
     [(text, times)] = Counter(menu).most_common(1)
     require(times == 1, f"menu has {text!r} {times} times")
     return list(map(str, menu))                         # NumPy's strings become Python's
@@ -361,11 +358,7 @@ class Story(TextEnv):
 
 
 class Pancake(Story):
-    """The paper's case study of token credit: open the microwave, put it in, close.
-
-    It pays +1, or −1 if not done by step 5. A random agent succeeds in 11 of 16 episodes
-    and gets 0.375 on average. Scenes are named after the pancake and the microwave.
-    """
+    """The paper's case study of token credit; a random agent gets 0.375 on average."""
 
     limit = 5
     limit_reward = -1.0
@@ -390,11 +383,7 @@ class Pancake(Story):
 
 
 class Lunch(Story):
-    """A trap for learners that discount tokens: the best action is the longest sentence.
-
-    Eating the salad takes 2 words and pays 0.7, serving it takes 17 words and pays 1.0;
-    see `lunch_mdp`. Success means served.
-    """
+    """A trap for learners that discount tokens, see `lunch_mdp`; success means served."""
 
     limit = 12
     start = "in pieces"
@@ -420,10 +409,10 @@ class Lunch(Story):
 
 
 class Household(TextEnv):
-    """An environment in which every action says what it changes in the state.
+    """An environment whose actions say what they change in the state, a namedtuple.
 
     A subclass writes `choices()`, admissible action → {part of the state: new value}, and
-    `success()`, which pays +1 and ends the episode. The state is a namedtuple.
+    `success()`, which pays +1 and ends the episode.
     """
 
     def apply(self, action):
@@ -431,6 +420,7 @@ class Household(TextEnv):
         if self.success():
             return 1.0, True
         return 0.0, None
+
 
 ROOMS = ("living room", "kitchen", "bathroom", "bedroom")
 FOOD_ACTIONS = (*ROOMS, "item", "appliance", "grab", "put", "open", "close")
@@ -466,20 +456,17 @@ FoodState = namedtuple("FoodState", "room near item open")
 class Food(Household):
     """Food preparation (the paper's VirtualHome task): the pancake into the microwave.
 
-    Sparse reward: +1 at success, which takes 6 steps at best; a random agent manages in
-    1.69 % of its episodes. `item` and `appliance` swap words and leave the rules alone;
-    wording "short" says every action in 3-6 words, "long" in 14 or 15. Item and appliance
-    keep their state while the agent is in another room and cannot see them.
+    It takes 6 steps at best; a random agent manages in 1.69 % of its episodes. `item` and
+    `appliance` swap words, wording "short" says an action in 3-6 words, "long" in 14 or 15.
+    Item and appliance keep their state while the agent is elsewhere and cannot see them.
     """
 
-    start = FoodState("kitchen", "nothing", "table", False)
+    start = FoodState("kitchen", (), "table", False)
 
     def __init__(self, item="pancake", appliance="microwave", wording="long"):
-        for name in (item, appliance):
-            plain = all(map(str.isalpha, str(name).split(" ")))
-            require(plain, f"{name!r}: item and appliance must be plain words")
-        different = len({item, appliance, *ROOMS}) == 2 + len(ROOMS)
-        require(different, "item and appliance must be different, and not rooms")
+        plain = all(map(str.isalpha, f"{item} {appliance}".split(" ")))
+        require(plain and len({item, appliance, *ROOMS}) == 2 + len(ROOMS),
+                "item and appliance must be plain words, different, and not rooms")
         _choose("wording", wording, FOOD_WORDINGS)
         self.item = item
         self.appliance = appliance
@@ -489,21 +476,21 @@ class Food(Household):
 
     def choices(self):
         room, near, item, door_open = self.state
-        others = [other for other in ROOMS if other != room]
-        choices = {other: {"room": other, "near": "nothing"} for other in others}
+        choices = {x: {"room": x, "near": ()} for x in ROOMS if x != room}
+        both = ("item", "appliance")
         if room == "kitchen":
-            if near in ("nothing", "appliance"):
-                where = {"table": "item", "hand": "nothing", "inside": "both"}
+            if "item" not in near:
+                where = {"table": ("item",), "hand": (), "inside": both}
                 choices["item"] = {"near": where[item]}
-            if near in ("nothing", "item"):
-                choices["appliance"] = {"near": "both" if item == "inside" else "appliance"}
-            if near == "item":
-                choices["grab"] = {"item": "hand", "near": "nothing"}
-            if near in ("appliance", "both"):
+            if "appliance" not in near:
+                choices["appliance"] = {"near": both[item != "inside":]}
+            if near == ("item",):
+                choices["grab"] = {"item": "hand", "near": ()}
+            if "appliance" in near:
                 if item == "hand":
                     choices["put"] = {}
                     if door_open:
-                        choices["put"] = {"item": "inside", "near": "both"}
+                        choices["put"] = {"item": "inside", "near": both}
                 choices["open"] = {"open": True}
                 choices["close"] = {"open": False}
         return {self.words[key]: change for key, change in choices.items()}
@@ -513,9 +500,7 @@ class Food(Household):
 
     def observe(self):
         item = f"the {self.item}"
-        appliance = f"the {self.appliance}"
-        near = {"nothing": "nothing", "item": item, "appliance": appliance,
-                "both": f"{item} and {appliance}"}[self.state.near]
+        near = _and(getattr(self, thing) for thing in self.state.near)
         held = item if self.state.item == "hand" else "nothing"
         seen = ""
         if self.state.room == "kitchen":
@@ -526,6 +511,7 @@ class Food(Household):
         return (f"You are in the {self.state.room}, near {near}. You hold {held}. {seen}"
                 f"You want {item} inside the closed {self.appliance}. Your next step is to")
 
+
 EntertainmentState = namedtuple(
     "EntertainmentState", "room near sitting television chips milk")
 
@@ -533,9 +519,9 @@ EntertainmentState = namedtuple(
 class Entertainment(Household):
     """An evening at home (the paper's VirtualHome task): television, chips and milk.
 
-    Sparse reward: +1 for sitting with the television on and both chips and milk in hand or
-    on the coffee table. That takes 11 steps at best; a random agent manages in 0.30 % of
-    its episodes. Two full hands cannot switch anything.
+    Success: sitting, the television on, chips and milk each in hand or on the coffee table.
+    It takes 11 steps at best; a random agent manages in 0.30 % of its episodes. Two full
+    hands cannot switch anything.
     """
 
     start = EntertainmentState("kitchen", "nothing", False, False, "kitchen", "kitchen")
@@ -606,7 +592,7 @@ COURSES = (  # one group for each slot, one word for each choice
     "fish chicken tofu beef lamb eggs", "salt pepper butter mustard lemon oil",
     "fork spoon knife straw cup plate", "window garden corner terrace bar door")
 NUMBERS = "no one two three four five six seven eight nine ten".split()
-DISHES = {"short": ["{}"], "mixed": ["{}", "fresh {}", "plenty of {}"]}     # in turn
+MIXED = ("{}", "fresh {}", "plenty of {}") * 2         # dishes of one to three words
 OrdersState = namedtuple("OrdersState", "guest to_come perfect")
 
 
@@ -615,9 +601,9 @@ class Orders(TextEnv):
 
     A random guest orders; the answer is "serve" and a dish for each slot. Each guest always
     wants the same, no two the same. Reward: share of slots that are right, divided by
-    `guests`, in all at best 1, or 1 / words at random. Up to 256 sentences are listed as
-    the menu; beyond, the agent writes freely, and other text leaves the guest unserved.
-    A dish is one word; with wording "mixed" one to three.
+    `guests`: in all at best 1, at random 1 / words. Up to 256 sentences are listed as the
+    menu; beyond, the agent writes freely, and other text leaves the guest unserved.
+    wording: "short", a word a dish, or "mixed", one to three words.
     State: the guest, how many come after this one, whether all dishes were right so far.
     """
 
@@ -627,7 +613,7 @@ class Orders(TextEnv):
         _choose("slots", slots, range(1, 9))
         _choose("words", words, range(2, 7))
         _choose("guests", guests, range(1, 11))
-        _choose("wording", wording, DISHES)
+        _choose("wording", wording, ("short", "mixed"))
         count = words**slots
         require(count >= len(GUESTS), f"slots={slots} and words={words} make {count} "
                 f"orders, fewer than {len(GUESTS)}")
@@ -636,9 +622,9 @@ class Orders(TextEnv):
         self.courses = []
         self.wanted = {guest: [] for guest in GUESTS}
         for i, course in enumerate(COURSES[:slots]):
-            dishes = []
-            for dish, text in zip(course.split()[:words], itertools.cycle(DISHES[wording])):
-                dishes.append(text.format(dish))
+            dishes = course.split()[:words]
+            if wording == "mixed":
+                dishes = list(map(str.format, MIXED, dishes))
             self.courses.append(dishes)
             for g, guest in enumerate(GUESTS):
                 shift = g // words      # with two or three, this tells four guests apart
@@ -670,14 +656,11 @@ class Orders(TextEnv):
                 "be right. Your next step is to")
 
     def apply(self, action):
-        return self._serve(self.order.fullmatch(action).groups())
-
-    def refuse(self):
-        return self._serve(())          # nothing is right, and it is the next guest's turn
-
-    def _serve(self, dishes):
         guest, to_come, perfect = self.state
-        right = sum(map(operator.eq, dishes, self.wanted[guest]))
+        right = 0
+        served = self.order.fullmatch(action)
+        if served:
+            right = sum(map(operator.eq, served.groups(), self.wanted[guest]))
         reward = right / len(self.courses) / self.guests
         perfect = perfect and right == len(self.courses)
         if to_come == 0:
@@ -685,6 +668,9 @@ class Orders(TextEnv):
             return reward, perfect
         self.state = OrdersState(self.rng.choice(GUESTS), to_come - 1, perfect)
         return reward, None
+
+    def refuse(self):
+        return self.apply("")           # nothing is right, and it is the next guest's turn
 
 
 # ------------------------------------------------- salad
@@ -703,10 +689,9 @@ class Salad(TextEnv):
 
     An action is an errand of n moves: walking a cell is one, so are taking and putting,
     chopping is three. An event e (chopping what the recipe needs +0.2, serving the right
-    dish +1, anything else −0.1) falls on the last move, and the reward is
-    −0.1 (1 − 0.99ⁿ) + 0.99ⁿ⁻¹ e. The agent sees its hand and what is at most two rows and
-    columns away. Best return at γ = 0.95 is 0.9092; a random agent serves in 44.2 % of its
-    episodes of at most 200 moves.
+    dish +1, anything else −0.1) falls on the last move: −0.1 (1 − 0.99ⁿ) + 0.99ⁿ⁻¹ e. The
+    agent sees its hand and what is at most two rows and columns away. Best return at
+    γ = 0.95 is 0.9092; a random agent serves in 44.2 % of its episodes of 200 moves.
     State: the agent's cell; where each thing is: a board, "hand", for foods also "bowl", or
     at home, which goes by the thing's own name; and the foods that are chopped.
     """
@@ -742,8 +727,8 @@ class Salad(TextEnv):
             visit = f"put the {hand} on"
         choices = {}
         for food in self.foods:
-            choices[fetch.format(food)] = partial(self._fetch_food, food)
-        choices["take the bowl"] = self._fetch_bowl
+            choices[fetch.format(food)] = partial(self._fetch, food)
+        choices["take the bowl"] = partial(self._fetch, "bowl")
         for board in self.boards:
             choices[f"{visit} the {board}"] = partial(self._visit_board, board)
         choices["serve the dish" if hand else "serve nothing"] = self._serve
@@ -770,41 +755,34 @@ class Salad(TextEnv):
                 f"with {wanted} served. Your next step is to")
 
     def apply(self, action):
-        self.moves = 1  # what the hand does; the way to it is added
+        self.moves = 1                  # what the hand does; the way to it is added
         errand = self.choices()[action]
         event = errand() or 0.0
         moves = max(self.moves, 1)
-        self.clock += moves - 1  # step() has counted one
+        self.clock += moves - 1         # step() has counted one
         reward = -0.1 * (1 - 0.99**moves) + 0.99 ** (moves - 1) * event
         return reward, event == 1.0 or None
 
-    def _fetch_food(self, food):
-        hand = self._at("hand")
-        place = self.where[food]
-        if place in ("hand", hand):  # in the hand, or in the bowl that is in the hand
+    def _fetch(self, thing):
+        place = self.where[thing]
+        in_bowl = thing in self._in_bowl()
+        if in_bowl:
+            place = self.where["bowl"]
+        if place == "hand":
             return
-        if place == "bowl":  # on a board
-            self._walk(self.where["bowl"], until_seen=True)
-            return
-        self._walk(place)
-        if place in self.boards and food not in self.chopped:
-            self.moves -= 1  # only go there, to chop it
-        else:
-            self._handle(food)
-
-    def _fetch_bowl(self):
-        hand = self._at("hand")
-        if hand != "bowl":
-            self._walk(self.where["bowl"])
-            self._handle("bowl")
-            self.moves += hand in self.chopped  # to put that in
+        self._walk(place, until_seen=in_bowl)
+        if place in self.boards and thing in self.foods and thing not in self.chopped:
+            self.moves -= 1             # only go there, to chop it
+        elif not in_bowl:
+            self.moves += thing == "bowl" and self._at("hand") in self.chopped
+            self._handle(thing)
 
     def _visit_board(self, board):
         hand = self._at("hand")
         lying = self._at(board)
         self._walk(board)
         if not hand:
-            self.moves -= 1  # only go there
+            self.moves -= 1             # only go there
         elif lying:
             self._handle(lying)
         else:
@@ -823,12 +801,12 @@ class Salad(TextEnv):
         hand = self._at("hand")
         self._walk("counter")
         if not hand:
-            self.moves -= 1  # only go there
+            self.moves -= 1             # only go there
             return 0.0
         if hand == "bowl" and self._in_bowl() == self.recipe:
             return 1.0
         for thing, place in self.where.items():
-            if place in ("hand", hand):  # held, or in the bowl that is held: back it goes
+            if place in ("hand", hand):         # held, or in the bowl that is: it goes home
                 self.where[thing] = thing
                 self.chopped.discard(thing)
         return -0.1
@@ -847,16 +825,10 @@ class Salad(TextEnv):
         """Walk, rows first, to `spot` or until it is in view."""
         goal, _ = KITCHEN[spot]
         while self.cell != goal and not (until_seen and self._sees(spot)):
-            row, column = self.cell
-            if row < goal[0]:
-                row += 1
-            elif row > goal[0]:
-                row -= 1
-            elif column < goal[1]:
-                column += 1
-            else:
-                column -= 1
-            self.cell = (row, column)
+            cell = list(self.cell)
+            axis = int(cell[0] == goal[0])
+            cell[axis] += 1 if cell[axis] < goal[axis] else -1
+            self.cell = tuple(cell)
             self.moves += 1
 
     def _sees(self, spot):
@@ -865,10 +837,7 @@ class Salad(TextEnv):
 
     def _at(self, place):
         """The thing in the hand or on a board, "" if there is none."""
-        for thing, where in self.where.items():
-            if where == place:
-                return thing
-        return ""
+        return {where: thing for thing, where in self.where.items()}.get(place, "")
 
     def _here(self):
         """The thing on the board at which the agent stands, "" if there is none."""
@@ -892,10 +861,7 @@ class Salad(TextEnv):
 
 
 class Salad2(Salad):
-    """Tomato and lettuce, a second board, an onion that nobody ordered.
-
-    Best return 0.9176; random success 1.02 %.
-    """
+    """And lettuce, a second board, an onion; best return 0.9176, random success 1.02 %."""
 
     foods = ("tomato", "lettuce", "onion")
     recipe = ["tomato", "lettuce"]
@@ -922,22 +888,22 @@ class Scikit(TextEnv):
     """Data-science coding: one line of free text, read as a scikit-learn classifier.
 
     Such as "make_pipeline(StandardScaler(), LogisticRegression(C=0.5))". Reward: mean
-    ROC-AUC (one-vs-one for several classes) over five stratified 50/50 splits, and the
-    episode ends; −1 for whatever fails, at most five times. The text is never executed,
-    but parsed and rebuilt from SCIKIT_NAMES; limits are sizes, not seconds, so that one
-    seed gives one run. The state is the name of the last error, "" at first.
+    ROC-AUC (one-vs-one for several classes) over five stratified 50/50 splits, which ends
+    the episode; −1 for whatever fails. The text is never executed, but parsed and rebuilt
+    from SCIKIT_NAMES; limits are sizes, not seconds, so that one seed gives one run. The
+    state is the name of the last error, "" at first.
     """
 
     start = ""
     limit = 5
     refused = -1.0
-    scores = {}  # (data set, text) → reward, shared by all instances
+    scores = {}                 # (data set, text) → reward, shared by all instances
 
     def __init__(self, dataset="breast cancer"):
         _choose("dataset", dataset, ("breast cancer", "wine", "iris", "digits"))
-        load = getattr(_sklearn("datasets"), f"load_{dataset.replace(' ', '_')}")
+        loader = f"load_{dataset.replace(' ', '_')}"
         self.dataset = dataset
-        self.data = load(return_X_y=True)
+        self.data = getattr(import_module("sklearn.datasets"), loader)(return_X_y=True)
         super().__init__()
 
     def menu(self):
@@ -955,7 +921,7 @@ class Scikit(TextEnv):
         """A random line; one in five has a typo, a wrong name or a wrong argument."""
         first, second, *classifiers = SCIKIT_NAMES
         step = self.rng.choice([first, second])
-        names = [step] * self.rng.randrange(2)  # with it or without
+        names = [step] * self.rng.randrange(2)          # with it or without
         names.append(self.rng.choice(classifiers))
         calls = []
         for name in names:
@@ -964,9 +930,9 @@ class Scikit(TextEnv):
             if argument:
                 argument += f"={self.rng.choice(values)!r}"
             calls.append(f"{name}({argument})")
-        text = calls[0]
+        text = ", ".join(calls)
         if len(calls) > 1:
-            text = f"make_pipeline({', '.join(calls)})"
+            text = f"make_pipeline({text})"
         if self.rng.random() < 0.8:
             return text
         wrong_name = text.replace(name, "BestClassifier")
@@ -977,20 +943,13 @@ class Scikit(TextEnv):
         try:
             if (self.dataset, action) not in self.scores:
                 self.scores[self.dataset, action] = _auc(action, *self.data)
-        except Exception as error:  # whatever the text provokes, in parser or scikit-learn
+        except Exception as error:      # whatever the text provokes, also in scikit-learn
             self.state = type(error).__name__
             return False
         return True
 
     def apply(self, action):
         return self.scores[self.dataset, action], True
-
-
-def _sklearn(module):
-    try:
-        return importlib.import_module(f"sklearn.{module}")
-    except ImportError:
-        raise ImportError("scikit needs scikit-learn: pip install scikit-learn") from None
 
 
 def _auc(text, x, y):
@@ -1002,7 +961,7 @@ def _auc(text, x, y):
     splits = []
     for seed in range(5):
         splits.append(train_test_split(rows, test_size=0.5, random_state=seed, stratify=y))
-    with warnings.catch_warnings(), threadpool_limits(1):  # more threads would only wait
+    with warnings.catch_warnings(), threadpool_limits(1):      # more would only wait
         warnings.simplefilter("ignore")
         model = _estimator(ast.parse(text.strip(), mode="eval").body)
         scores = cross_val_score(model, x, y, cv=splits, scoring="roc_auc_ovo",
@@ -1014,7 +973,7 @@ def _estimator(node):
     """The estimator that a call in a syntax tree describes, or NameError, TypeError."""
     match node:
         case ast.Call(ast.Name("make_pipeline"), steps, []) if steps:
-            return _sklearn("pipeline").make_pipeline(*map(_estimator, steps))
+            return import_module("sklearn.pipeline").make_pipeline(*map(_estimator, steps))
         case ast.Call(ast.Name(name), [], keywords) if name in SCIKIT_NAMES:
             module, allowed = SCIKIT_NAMES[name]
         case _:
@@ -1025,7 +984,7 @@ def _estimator(node):
         if keyword.arg in given or value not in allowed.get(keyword.arg, ()):
             raise TypeError("not a listed argument or value")
         given[keyword.arg] = value
-    estimator = getattr(_sklearn(module), name)(**given)
+    estimator = getattr(import_module(f"sklearn.{module}"), name)(**given)
     if "random_state" in estimator.get_params():
         estimator.set_params(random_state=0)
     return estimator
@@ -1039,10 +998,10 @@ ENVS = {
 
 
 def make(name, **options):
-    """Build the environment called `name`, one of ENVS, with that class's options.
+    """Build an environment, one of ENVS; ValueError for a name or option that is not there.
 
-    make("food", item="pizza", wording="long"). ValueError for a name, an option or a value
-    that does not exist.
+    >>> make("food", item="pizza", wording="short").menu()[0]
+    'walk to the living room'
     """
     _choose("the environment", name, ENVS)
     allowed = list(inspect.signature(ENVS[name]).parameters)
@@ -1068,7 +1027,7 @@ def tiny_lm(env_fn, seed=0, pretrain_steps=300):
     A Llama of 2 layers × 64 with one token a word. It reads observations with random
     admissible actions: it speaks the language and knows nothing of the dynamics.
     """
-    texts = list(itertools.starmap(joined, _random_play(env_fn(), seed)))
+    texts = _random_play(env_fn(), seed)
     tokenizer = _word_tokenizer(texts)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
                          num_hidden_layers=2, num_attention_heads=4,
@@ -1088,16 +1047,16 @@ def tiny_lm(env_fn, seed=0, pretrain_steps=300):
 
 
 def _random_play(env, seed, steps=3000):
-    """The distinct (observation, action) pairs of a random agent, in order."""
-    pairs = {}
-    obs, _ = env.reset(seed=seed)
+    """What a random agent reads and says, joined: distinct texts, in order."""
+    texts = {}
+    player = Player(env, seed)
     for _ in range(steps):
         action = env.random_action()
-        pairs[obs, action] = None
-        obs, _, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:
-            obs, _ = env.reset()
-    return list(pairs)
+        texts[joined(player.obs, action)] = None
+        player.step(action)
+        if player.over:
+            player.begin()
+    return list(texts)
 
 
 def joined(prompt, text):
@@ -1107,12 +1066,13 @@ def joined(prompt, text):
 
 
 def _word_tokenizer(texts):
-    """One token for every word and run of punctuation in `texts`, white space before it
-    included; the first one is read as after a space. So decoding gives the text back.
+    """One token for each word or run of punctuation, with the white space before it.
+
+    The first is read as after a space. So decoding gives the text back.
     """
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Prepend(" ")])
-    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s*(\w+|[^\w\s]+)"), "isolated")
+    words.pre_tokenizer = Split(Regex(r"\s*(\w+|[^\w\s]+)"), "isolated")
     words.decoder = decoders.Fuse()
     special = ["<pad>", "<unk>", "<eos>"]
     words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=special))
