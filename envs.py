@@ -21,8 +21,6 @@ language in seconds.
 """
 import ast
 import inspect
-import itertools
-import operator
 import random
 import re
 import warnings
@@ -30,6 +28,8 @@ from collections import Counter, namedtuple
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from itertools import product
+from operator import eq
 
 import numpy as np
 import torch
@@ -153,9 +153,9 @@ def lunch_mdp():
     actions = []
     for sentence in sentences:
         actions.append([vocab.index(word) for word in sentence.split()])
-    after = torch.tensor([[0, 1, 0, 0], [1, 1, 2, 2], [2, 2, 2, 2]])  # next state, (S, A)
+    next_state = torch.tensor([[0, 1, 0, 0], [1, 1, 2, 2], [2, 2, 2, 2]])        # (S, A)
     reward = [[0, 0, 0, 0], [0, 0, 0.7, 1], [0, 0, 0, 0]]
-    return TokenMDP(torch.nn.functional.one_hot(after), reward, actions, vocab)
+    return TokenMDP(torch.nn.functional.one_hot(next_state), reward, actions, vocab)
 
 
 # ------------------------------------------------- what all texts share
@@ -256,7 +256,7 @@ class Player:
     def begin(self, seed=None):
         """Start an episode."""
         answer = self.env.reset(seed=seed)
-        require(isinstance(answer, tuple) and len(answer) == 2,
+        require(isinstance(answer, (tuple, list)) and len(answer) == 2,
                 "reset must return (observation, info), as Gymnasium's does")
         self.total = 0.0
         self.over = False
@@ -267,7 +267,7 @@ class Player:
     def step(self, action):
         """Do `action`; returns the reward."""
         answer = self.env.step(action)
-        require(isinstance(answer, tuple) and len(answer) == 5, "step must return "
+        require(isinstance(answer, (tuple, list)) and len(answer) == 5, "step must return "
                 "(observation, reward, terminated, truncated, info), as Gymnasium's does")
         obs, reward, terminated, truncated, info = answer
         require(isinstance(reward, (int, float, np.number)) and np.isfinite(reward),
@@ -315,21 +315,21 @@ def _listed(menu):
     except TypeError:
         menu = [menu]                                   # refused below: it is no text
     require(menu, "menu is empty: leave it out where text is free")
-    for text in menu:
-        require(isinstance(text, str) and text.strip(), f"menu has {text!r}, not a text")
+    wrong = [text for text in menu if not isinstance(text, str) or not text.strip()]
+    require(not wrong, f"menu has {wrong}, expected a list of texts")
     [(text, times)] = Counter(menu).most_common(1)
     require(times == 1, f"menu has {text!r} {times} times")
     return list(map(str, menu))                         # NumPy's strings become Python's
 
 
 def _choose(name, value, choices):
-    choices = list(choices)
-    listed = value in choices and type(value) is type(choices[0])  # True is not 1 here
-    expected = ", ".join(map(str, choices))
-    require(listed, f"{name} is {value!r}: choose from {expected}")
+    choices = list(map(repr, choices))                  # True is not 1 here
+    expected = ", ".join(choices)
+    require(repr(value) in choices, f"{name} is {value!r}: choose from {expected}")
 
 
-def _and(names):  # ["tomato", "bowl"] → "the tomato and the bowl"; [] → "nothing"
+def _and(names):
+    """["tomato", "bowl"] → "the tomato and the bowl"; [] → "nothing"."""
     return " and ".join(f"the {name}" for name in names) or "nothing"
 
 
@@ -424,7 +424,7 @@ class Household(TextEnv):
 
 ROOMS = ("living room", "kitchen", "bathroom", "bedroom")
 FOOD_ACTIONS = (*ROOMS, "item", "appliance", "grab", "put", "open", "close")
-FOOD_WORDINGS = {  # a line for each of FOOD_ACTIONS
+FOOD_WORDINGS = {       # a line for each of FOOD_ACTIONS
     "short": """\
 walk to the living room
 walk to the kitchen
@@ -447,7 +447,7 @@ reach out with one free hand and carefully pick up the {item} from the table
 lift both hands a little and gently place the {item} inside the waiting {appliance}
 put two fingers on the handle and pull the door of the {appliance} open
 press one palm on the door and push until the {appliance} is firmly closed"""}
-FOOD_UNSEEN = (  # (item, appliance), to test generalisation
+FOOD_UNSEEN = (         # (item, appliance), to test generalisation
     ("cheese", "microwave"), ("hamburger", "microwave"), ("apple pie", "microwave"),
     ("pizza", "microwave"), ("dishes", "dishwasher"), ("clothes", "washing machine"))
 FoodState = namedtuple("FoodState", "room near item open")
@@ -554,9 +554,10 @@ class Entertainment(Household):
                 choices[f"grab the {snack}"] = {snack: "hand"}
         elif s.near == "television":
             switch = "off" if s.television else "on"
-            choices[f"turn {switch} the television"] = {}
+            change = {}
             if len(self._snacks("hand")) < 2:
-                choices[f"turn {switch} the television"] = {"television": not s.television}
+                change = {"television": not s.television}
+            choices[f"turn {switch} the television"] = change
         elif s.near == "sofa":
             choices["sit down on the sofa"] = {"sitting": True}
         return choices
@@ -586,7 +587,7 @@ class Entertainment(Household):
 # ------------------------------------------------- orders
 
 GUESTS = ("Ann", "Bob", "Cleo", "Dan")
-COURSES = (  # one group for each slot, one word for each choice
+COURSES = (     # one group for each slot, one word for each choice
     "soup salad melon shrimp olives toast", "bread rice pasta fries beans corn",
     "tea coffee water juice milk cider", "cake pudding fruit waffle sorbet pie",
     "fish chicken tofu beef lamb eggs", "salt pepper butter mustard lemon oil",
@@ -640,7 +641,7 @@ class Orders(TextEnv):
     def menu(self):
         if not self.restricted:
             return []
-        return list(map(" ".join, itertools.product(["serve"], *self.courses)))
+        return list(map(" ".join, product(["serve"], *self.courses)))
 
     def random_action(self):
         dishes = [self.rng.choice(course) for course in self.courses]
@@ -660,7 +661,7 @@ class Orders(TextEnv):
         right = 0
         served = self.order.fullmatch(action)
         if served:
-            right = sum(map(operator.eq, served.groups(), self.wanted[guest]))
+            right = sum(map(eq, served.groups(), self.wanted[guest]))
         reward = right / len(self.courses) / self.guests
         perfect = perfect and right == len(self.courses)
         if to_come == 0:
@@ -870,7 +871,7 @@ class Salad2(Salad):
 
 # ------------------------------------------------- scikit
 
-SCIKIT_NAMES = {  # name → (module, {argument: values}); first two of preprocessing
+SCIKIT_NAMES = {        # name → (module, {argument: values}); first two of preprocessing
     "StandardScaler": ("preprocessing", {}),
     "PCA": ("decomposition", {"n_components": (1, 2, 4, 8)}),
     "GaussianNB": ("naive_bayes", {}),
