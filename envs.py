@@ -1028,7 +1028,7 @@ def tiny_lm(env_fn, seed=0, pretrain_steps=300):
     A Llama of 2 layers × 64 with one token a word. It reads observations with random
     admissible actions: it speaks the language and knows nothing of the dynamics.
     """
-    texts = _random_play(env_fn(), seed)
+    texts = [joined(*pair) for pair in _random_play(env_fn(), seed)]
     tokenizer = _word_tokenizer(texts)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
                          num_hidden_layers=2, num_attention_heads=4,
@@ -1048,16 +1048,16 @@ def tiny_lm(env_fn, seed=0, pretrain_steps=300):
 
 
 def _random_play(env, seed, steps=3000):
-    """What a random agent reads and says, joined: distinct texts, in order."""
-    texts = {}
+    """The distinct (observation, action) pairs of a random agent, in order."""
+    pairs = {}
     player = Player(env, seed)
     for _ in range(steps):
         action = env.random_action()
-        texts[joined(player.obs, action)] = None
+        pairs[player.obs, action] = None
         player.step(action)
         if player.over:
             player.begin()
-    return list(texts)
+    return list(pairs)
 
 
 def joined(prompt, text):

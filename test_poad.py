@@ -1441,15 +1441,16 @@ def test_readme_has_verls_numbers(verl):
 
 
 def test_token_mdp_by_hand():
-    """Actions a, b a, b b c; prefixes, shorter first: (), (b), (b b)."""
-    reward = np.zeros((1, 3))
-    mdp = TokenMDP([[[1]] * 3], reward, [[0], [1, 0], [1, 1, 2]], ["a", "b", "c"])
+    """Actions a, b c, b a c; prefixes, shorter first: (), (b), (b a)."""
+    mdp = small_mdp()
+    assert mdp.prefixes == ((), (1,), (1, 0))
+    assert mdp.child.tolist() == [[-1, 1, -1], [2, -1, -1], [-1, -1, -1]]
+    assert mdp.leaf.tolist() == [[0, -1, -1], [-1, -1, 1], [-1, -1, 2]]
+    reward = np.zeros((1, 2))
+    copy = TokenMDP([[[1], [1]]], reward, np.eye(2, dtype=int), ["a", "b"])
     reward[:] = 7
-    near(mdp.reward, [[0, 0, 0]], "tables must be copied")
-    assert mdp.actions == ((0,), (1, 0), (1, 1, 2))
-    assert mdp.prefixes == ((), (1,), (1, 1))
-    assert mdp.child.tolist() == [[-1, 1, -1], [-1, 2, -1], [-1, -1, -1]]
-    assert mdp.leaf.tolist() == [[0, -1, -1], [1, -1, -1], [-1, -1, 2]]
+    near(copy.reward, [[0, 0]], "tables must be copied")
+    assert copy.actions == ((1, 0), (0, 1))
 
 
 def test_random_mdp():
