@@ -1,9 +1,9 @@
 """Environments for POAD: small decision problems whose actions are sentences.
 
-First the tabular part.  A `TokenMDP` has actions that are sequences of tokens; all prefixes
-of its actions form a tree, the *trie*.  S states, A actions, V words, N prefixes (its inner
-nodes).  Then text environments: the agent reads one short paragraph and answers with
-one sentence.
+First the tabular part. A `TokenMDP` has actions that are sequences of tokens; all prefixes
+of its actions form a tree, the *trie*. S states, A actions, V words, N prefixes (its inner
+nodes). Then text environments: the agent reads a short paragraph and answers with one
+sentence.
 
     name           the lesson                            reward                   the limit
     pancake        which word opens the microwave?       +1, or -1 at the limit   5 steps
@@ -15,69 +15,77 @@ one sentence.
     scikit         free text: one line of code           ROC-AUC, or -1           5 steps
 
 They follow Gymnasium's calling convention without needing it; `make(name, **options)`
-builds one.  Lunch and orders are small constructions of our own, the others follow the
-experiments of the paper (arXiv 2405.15821).  Last, `tiny_lm`, a language model that learns
-to speak an environment's language in seconds."""
+builds one. Lunch and orders are our own, the others follow the experiments of the paper
+(arXiv 2405.15821). Last, `tiny_lm`, a language model that learns to speak an environment's
+language in seconds.
+"""
 import ast
-import importlib
 import inspect
-import itertools
-import operator
 import random
+import re
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from itertools import product
+from operator import eq
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers.pre_tokenizers import Split
 from tqdm.auto import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
 
 def require(ok, message):
     """Raise a ValueError that says `message`, unless `ok`."""
     if not ok:
         raise ValueError(message)
 
-# ------------------------------------------------------------ tables
+
+# ------------------------------------------------- tables
+
 
 class TokenMDP:
-    """A finite Markov decision process whose actions are token sequences (section 3).
+    """A finite Markov decision process whose actions are token sequences.
+
     transition  (S, A, S)  P(s' | s, a); a terminal state loops to itself with reward 0
     reward      (S, A)     expected reward of action a in state s
     actions     A tuples of token ids, distinct, none a proper prefix of another: the last
                 token tells that it is last
     vocab       V distinct strings
-    Tables are copied to float64; malformed input is a ValueError.  Derived:
-    prefixes    N token tuples: every proper prefix of every action, shorter ones first, so
-                prefixes[0] = ()
-    child       (N, V)     index of the prefix after that token, or -1
-    leaf        (N, V)     id of the action that this token completes, or -1
+    Tables are copied to float64; malformed input is a ValueError. Derived:
+    prefixes    N token tuples: every proper prefix of every action, shorter ones first
+    child       (N, V)     index of the prefix after that token, or −1
+    leaf        (N, V)     id of the action that this token completes, or −1
     >>> mdp = TokenMDP([[[1.0], [1.0]]], [[0.0, 1.0]], [(0,), (1, 0)], ["wait", "eat"])
     >>> mdp.prefixes, mdp.child.tolist(), mdp.leaf.tolist()
-    (((), (1,)), [[-1, 1], [-1, -1]], [[0, -1], [1, -1]])"""
+    (((), (1,)), [[-1, 1], [-1, -1]], [[0, -1], [1, -1]])
+    """
+
     def __init__(self, transition, reward, actions, vocab):
         self.vocab = tuple(vocab)
         self.actions = tuple(tuple(np.asarray(action).tolist()) for action in actions)
         self.transition = torch.tensor(np.asarray(transition, dtype=float))  # (S, A, S)
-        self.reward = torch.tensor(np.asarray(reward, dtype=float))  # (S, A)
+        self.reward = torch.tensor(np.asarray(reward, dtype=float))         # (S, A)
         self._check()
         self._grow_trie()
 
     def _check(self):
         strings = all(isinstance(word, str) for word in self.vocab)
         require(strings and len(set(self.vocab)) == len(self.vocab),
-                      f"vocab must be distinct strings, not {self.vocab}")
+                f"vocab must be distinct strings, not {self.vocab}")
         known = range(len(self.vocab))
         for i, action in enumerate(self.actions):
             require(action and set(action) <= set(known),
-                          f"action {i} is {action}: it needs token ids, all in {known}")
-        size = (*self.reward.shape[:1], len(self.actions))  # (S, A)
+                    f"action {i} is {action}: it needs token ids, all in {known}")
+        size = (*self.reward.shape[:1], len(self.actions))                  # (S, A)
         fits = self.reward.shape == size and self.transition.shape == (*size, size[0])
         require(fits and self.reward.numel(), "transition must be (S, A, S), reward "
-                      f"(S, A), with A = {len(self.actions)} actions")
-        off = abs(self.transition.sum(-1) - 1)  # (S, A)
+                f"(S, A), with A = {len(self.actions)} actions")
+        off = abs(self.transition.sum(-1) - 1)                              # (S, A)
         fine = (off <= 1e-6) & (self.transition >= 0).all(-1) & self.reward.isfinite()
         for state, action in (~fine).nonzero().tolist():
             raise ValueError(f"state {state}, action {action}: the transition must be "
@@ -90,24 +98,27 @@ class TokenMDP:
         self.prefixes = tuple(sorted(sorted(prefixes), key=len))
         number = {prefix: n for n, prefix in enumerate(self.prefixes)}
         self.child = torch.full((len(self.prefixes), len(self.vocab)), -1)  # (N, V)
-        self.leaf = self.child.clone()  # (N, V)
+        self.leaf = self.child.clone()                                      # (N, V)
         for prefix in self.prefixes[1:]:
             self.child[number[prefix[:-1]], prefix[-1]] = number[prefix]
         for i, action in enumerate(self.actions):
             require(action not in prefixes and action not in self.actions[:i],
-                          f"action {i}, {action}, is another's proper prefix, or its equal")
+                    f"action {i}, {action}, is another's proper prefix, or its equal")
             self.leaf[number[action[:-1]], action[-1]] = i
+
 
 def random_mdp(seed, states=4, actions=5, vocab=4, max_length=4):
     """A random TokenMDP with actions of mixed lengths, the same for the same seed.
-    Rewards are standard normal, transitions uniform numbers normalised.  The actions are
+
+    Rewards are standard normal, transitions uniform numbers normalised. The actions are
     leaves, spread evenly from the shortest to the longest, of a trie that grows by
-    splitting random leaves.  ValueError where they do not fit."""
-    longest = vocab**max_length  # that many sequences of full length
+    splitting random leaves. ValueError where they do not fit.
+    """
+    longest = vocab**max_length                         # that many sequences of full length
     require(min(states, actions, vocab, max_length) > 0 and actions <= longest,
-                  f"{actions} actions do not fit into {longest}, or a size is below 1")
+            f"{actions} actions do not fit into {longest}, or a size is below 1")
     generator = torch.Generator().manual_seed(seed)
-    enough = max(actions, min(2 * actions, longest - vocab + 1))  # one split less than all
+    enough = max(actions, min(2 * actions, longest - vocab + 1))    # a split less than all
     leaves = [(word,) for word in range(vocab)]
     while True:
         short = [leaf for leaf in leaves if len(leaf) < max_length]
@@ -121,44 +132,51 @@ def random_mdp(seed, states=4, actions=5, vocab=4, max_length=4):
     last = len(leaves) - 1
     chosen = [leaves[i * last // max(actions - 1, 1)] for i in range(actions)]
     size = (states, actions, states)
-    weight = torch.rand(size, generator=generator, dtype=torch.float64)  # (S, A, S)
+    weight = torch.rand(size, generator=generator, dtype=torch.float64)     # (S, A, S)
     reward = torch.randn(size[:2], generator=generator, dtype=torch.float64)  # (S, A)
     transition = weight / weight.sum(-1, keepdim=True)
     return TokenMDP(transition, reward, chosen, [f"w{i}" for i in range(vocab)])
 
+
 def lunch_mdp():
     """The `lunch` environment as tables, a trap for learners that discount tokens.
-    State 0, the salad in pieces: "put it in the bowl" leads to state 1, all else waits.
-    State 1, in the bowl: "eat it" pays 0.7, "carry the bowl ..." pays 1.0, both lead to
-    state 2, the end.  At γ = 0.95 serving is best; discounted per token (γ_w = γ), its 14
-    words are worth 0.95¹³ = 0.51 against 0.7 · 0.95 = 0.665."""
+
+    State 0, in pieces: "put ..." leads to state 1, all else waits. State 1, in the bowl:
+    "eat it" pays 0.7, "carry ..." pays 1.0, both lead to state 2, the end. At γ = 0.95
+    serving is best; discounted per token (γ_w = γ), its 17 words are worth 0.95¹⁶ = 0.44
+    against 0.95 · 0.7 = 0.665.
+    """
     sentences = [
-        "wait", "put it in the bowl", "eat it",
-        "carry the bowl of salad to the guest by the window and serve it"]
+        "wait", "put the salad in the bowl", "eat it", "carry the full bowl over to the "
+        "table where the guest is waiting and serve the salad"]
     vocab = sorted(set(" ".join(sentences).split()))
     actions = []
     for sentence in sentences:
         actions.append([vocab.index(word) for word in sentence.split()])
-    after = torch.tensor([[0, 1, 0, 0], [1, 1, 2, 2], [2, 2, 2, 2]])  # next state, (S, A)
+    next_state = torch.tensor([[0, 1, 0, 0], [1, 1, 2, 2], [2, 2, 2, 2]])        # (S, A)
     reward = [[0, 0, 0, 0], [0, 0, 0.7, 1], [0, 0, 0, 0]]
-    return TokenMDP(torch.nn.functional.one_hot(after), reward, actions, vocab)
+    return TokenMDP(torch.nn.functional.one_hot(next_state), reward, actions, vocab)
 
-# ------------------------------------------------------------ what all texts share
+
+# ------------------------------------------------- what all texts share
+
 
 class TextEnv:
-    """What all text environments share: clock, menu, generator, and what a bad action does.
+    """What all text environments share: clock, menu, and what a bad action does.
+
     A subclass sets `start`, its first state, and writes
         choices()      admissible action → what it does, in a form that `apply` reads; or
                        menu(), a new list of actions, empty where they are unrestricted
         observe()      what the agent reads: one paragraph, which its action continues
         apply(action)  does an admissible action; returns (reward, outcome): None, or at the
                        end whether it succeeded
-    `state` is a hashable value in plain words, without the clock, that can be read and set.
-    Deep copies work.  Each environment has its own generator: its seed is 0 at first,
-    reset(seed) seeds it anew, reset() continues it."""
-    limit = 50          # ticks of the clock until the episode is cut
-    limit_reward = 0.0  # what the cut pays
-    refused = 0.0       # what an inadmissible action pays
+    `state` is hashable, in plain words, without the clock; it can be read and set. Deep
+    copies work. reset(seed) seeds the environment's own generator, reset() continues it.
+    """
+
+    limit = 50                  # ticks of the clock until the episode is cut
+    limit_reward = 0.0          # what the cut pays
+    refused = 0.0               # what an inadmissible action pays
 
     def __init__(self):
         self.rng = random.Random(0)
@@ -171,13 +189,14 @@ class TextEnv:
         self.clock = 0
         self.done = False
         self.state = self.start
-        return self.observe(), self._menu_info()
+        return self._look()
 
     def step(self, action):
         """Do `action`; returns (observation, reward, terminated, truncated, info).
+
         An action outside the menu changes nothing, costs a step and sets info["invalid"].
-        info["menu"] lists the next actions.  info["success"] says at an episode's end
-        whether it was done; a step after that is a RuntimeError."""
+        A step after an episode's end, where info["success"] is told, is a RuntimeError.
+        """
         if self.done:
             raise RuntimeError("the episode is over: call reset() first")
         self.clock += 1
@@ -191,16 +210,16 @@ class TextEnv:
         if truncated:
             reward += self.limit_reward
         self.done = terminated or truncated
-        info = self._menu_info()
+        obs, info = self._look()
         if not valid:
             info["invalid"] = True
         if self.done:
             info["success"] = bool(outcome)
-        return self.observe(), reward, terminated, truncated, info
+        return obs, reward, terminated, truncated, info
 
-    def _menu_info(self):
+    def _look(self):
         menu = self.menu()
-        return {"menu": menu} if menu else {}
+        return self.observe(), {"menu": menu} if menu else {}
 
     def menu(self):
         """The admissible actions, distinct strings."""
@@ -218,10 +237,18 @@ class TextEnv:
         """What an inadmissible action does; returns (reward, outcome) as `apply` does."""
         return self.refused, None
 
+
 class Player:
-    """An environment being played, any that follows the calling convention above.
-    It knows what is shown now (obs, info), the return so far (total), whether the episode
-    is over, and whether that was only a time limit (cut)."""
+    """An environment being played: any that follows the calling convention above.
+
+    What it answers is checked here; what is wrong is a ValueError that names the field.
+    obs, info   what is shown now
+    menu        what can be said now, a list of texts; None where text is free, or at an end
+    total       the return so far
+    over, cut   whether the episode is over, and whether that was only a time limit
+    success     at its end whether it was done, before that None
+    """
+
     def __init__(self, env, seed=None):
         self.env = env
         self.begin(seed)
@@ -229,51 +256,94 @@ class Player:
     def begin(self, seed=None):
         """Start an episode."""
         answer = self.env.reset(seed=seed)
-        require(isinstance(answer, tuple) and len(answer) == 2,
+        require(isinstance(answer, (tuple, list)) and len(answer) == 2,
                 "reset must return (observation, info), as Gymnasium's does")
-        self._show(*answer)
         self.total = 0.0
         self.over = False
         self.cut = False
+        self.success = None
+        self._show(*answer)
 
     def step(self, action):
         """Do `action`; returns the reward."""
         answer = self.env.step(action)
-        require(len(answer) == 5, "step must return (observation, reward, terminated, "
-                                  "truncated, info), as Gymnasium's does")
+        require(isinstance(answer, (tuple, list)) and len(answer) == 5, "step must return "
+                "(observation, reward, terminated, truncated, info), as Gymnasium's does")
         obs, reward, terminated, truncated, info = answer
-        self._show(obs, info)
         require(isinstance(reward, (int, float, np.number)) and np.isfinite(reward),
                 f"the environment's reward is {reward!r}, expected a finite number")
         self.total += float(reward)
-        self.over = bool(terminated or truncated)
-        self.cut = bool(truncated and not terminated)
-        require(not self.over or "success" in info,
-                'at an episode\'s end info must have "success", True or False')
+        terminated = _flag("terminated", terminated)
+        truncated = _flag("truncated", truncated)
+        self.over = terminated or truncated
+        self.cut = truncated and not terminated
+        self._show(obs, info)
+        if self.over:
+            self.success = _flag('info["success"] at the end', info.get("success"))
         return float(reward)
 
     def _show(self, obs, info):
         require(isinstance(obs, str) and obs.strip(),
                 f"the observation is {obs!r}, expected a text to read")
+        require(isinstance(info, dict), f"info is {info!r}, expected a dict")
         self.obs = obs
         self.info = info
+        self.menu = None
+        if not self.over and info.get("menu") is not None:
+            self.menu = _listed(info["menu"])
+
+
+def make_players(env_fn, seeds):
+    """A Player for each seed, each with an environment of its own; ValueError if not."""
+    seeds = list(seeds)
+    envs = [env_fn() for _ in seeds]
+    require(len(set(map(id, envs))) == len(envs),
+            "env_fn must make a new environment at each call")
+    return list(map(Player, envs, seeds))
+
+
+def _flag(name, value):
+    fits = isinstance(value, (int, float, np.generic)) and value in (0, 1)
+    require(fits, f"{name} is {value!r}, expected True or False")
+    return bool(value)
+
+
+def _listed(menu):
+    require(not isinstance(menu, (str, set)), f"menu is {menu!r}, expected a list of texts")
+    try:
+        menu = list(menu)
+    except TypeError:
+        menu = [menu]                                   # refused below: it is no text
+    require(menu, "menu is empty: leave it out where text is free")
+    wrong = [text for text in menu if not isinstance(text, str) or not text.strip()]
+    require(not wrong, f"menu has {wrong}, expected a list of texts")
+    [(text, times)] = Counter(menu).most_common(1)
+    require(times == 1, f"menu has {text!r} {times} times")
+    return list(map(str, menu))                         # NumPy's strings become Python's
+
 
 def _choose(name, value, choices):
-    choices = list(choices)
-    listed = value in choices and type(value) is type(choices[0])  # True is not 1 here
-    expected = ", ".join(map(str, choices))
-    require(listed, f"{name} is {value!r}: choose from {expected}")
+    choices = list(map(repr, choices))                  # True is not 1 here
+    expected = ", ".join(choices)
+    require(repr(value) in choices, f"{name} is {value!r}: choose from {expected}")
 
-def _and(names):  # ["tomato", "bowl"] → "the tomato and the bowl"; [] → "nothing"
+
+def _and(names):
+    """["tomato", "bowl"] → "the tomato and the bowl"; [] → "nothing"."""
     return " and ".join(f"the {name}" for name in names) or "nothing"
 
-# ------------------------------------------------------------ two short stories
+
+# ------------------------------------------------- two short stories
+
 
 class Story(TextEnv):
     """An environment that is a few tables; its state is the name of a scene.
+
     scenes   scene → a sentence to read
     actions  scene → {admissible action: next scene}
-    pays     ending → reward; `goal` is the good ending"""
+    pays     ending → reward; `goal` is the good ending
+    """
+
     def choices(self):
         return self.actions.get(self.state, {})
 
@@ -286,10 +356,10 @@ class Story(TextEnv):
             return self.pays[self.state], self.state == self.goal
         return 0.0, None
 
+
 class Pancake(Story):
-    """The paper's case study of token credit: open the microwave, put it in, close.
-    It pays +1, or -1 if not done by step 5.  A random agent succeeds in 11 of 16 episodes
-    and gets 0.375 on average.  Scenes are named after the pancake and the microwave."""
+    """The paper's case study of token credit; a random agent gets 0.375 on average."""
+
     limit = 5
     limit_reward = -1.0
     start = "in hand, closed"
@@ -311,11 +381,10 @@ class Pancake(Story):
                          "close the microwave": "inside, closed"}}
     pays = {"inside, closed": 1.0}
 
+
 class Lunch(Story):
-    """A trap for learners that discount tokens: the best action is the longest sentence.
-    Eating the salad takes 2 words and pays 0.7, serving it takes 17 words and pays 1.0;
-    waiting pays nothing.  With a discount of 0.95 a token, serving is worth 0.95¹⁶ = 0.44
-    before its first word.  Success means served."""
+    """A trap for learners that discount tokens, see `lunch_mdp`; success means served."""
+
     limit = 12
     start = "in pieces"
     goal = "served"
@@ -335,88 +404,93 @@ class Lunch(Story):
             "the salad": "served"}}
     pays = {"eaten": 0.7, "served": 1.0}
 
-# ------------------------------------------------------------ two evenings at home
+
+# ------------------------------------------------- two evenings at home
+
 
 class Household(TextEnv):
-    """An environment in which every action says what it changes in the state, a namedtuple.
+    """An environment whose actions say what they change in the state, a namedtuple.
+
     A subclass writes `choices()`, admissible action → {part of the state: new value}, and
-    `success()`, which pays +1 and ends the episode."""
+    `success()`, which pays +1 and ends the episode.
+    """
+
     def apply(self, action):
         self.state = self.state._replace(**self.choices()[action])
         if self.success():
             return 1.0, True
         return 0.0, None
 
+
 ROOMS = ("living room", "kitchen", "bathroom", "bedroom")
-FOOD_WORDINGS = {  # action → words
-    "short": {
-        "living room": "walk to the living room", "kitchen": "walk to the kitchen",
-        "bathroom": "walk to the bathroom", "bedroom": "walk to the bedroom",
-        "item": "walk to the {item}", "appliance": "walk to the {appliance}",
-        "grab": "grab the {item}", "put": "put the {item} in the {appliance}",
-        "open": "open the {appliance}", "close": "close the {appliance}"},
-    "long": {
-        "living room": "leave this room and walk slowly through the hallway until you "
-                       "reach the living room",
-        "kitchen": "leave this room and follow the smell of food all the way to the "
-                   "kitchen",
-        "bathroom": "leave this room and go down the corridor to the small bathroom with "
-                    "white tiles",
-        "bedroom": "leave this room and climb up the wooden stairs to the quiet bedroom "
-                   "above",
-        "item": "cross the floor with a few calm steps and stop right beside the {item}",
-        "appliance": "cross the floor with a few calm steps and stop in front of the "
-                     "{appliance}",
-        "grab": "reach out with one free hand and carefully pick up the {item} from the "
-                "table",
-        "put": "lift both hands a little and gently place the {item} inside the waiting "
-               "{appliance}",
-        "open": "put two fingers on the handle and pull the door of the {appliance} open",
-        "close": "press one palm on the door and push until the {appliance} is firmly "
-                 "closed"}}
-FOOD_UNSEEN = (  # (item, appliance), to test generalisation
+FOOD_ACTIONS = (*ROOMS, "item", "appliance", "grab", "put", "open", "close")
+FOOD_WORDINGS = {       # a line for each of FOOD_ACTIONS
+    "short": """\
+walk to the living room
+walk to the kitchen
+walk to the bathroom
+walk to the bedroom
+walk to the {item}
+walk to the {appliance}
+grab the {item}
+put the {item} in the {appliance}
+open the {appliance}
+close the {appliance}""",
+    "long": """\
+leave this room and walk slowly through the hallway until you reach the living room
+leave this room and follow the smell of food all the way to the kitchen
+leave this room and go down the corridor to the small bathroom with white tiles
+leave this room and climb up the wooden stairs to the quiet bedroom above
+cross the floor with a few calm steps and stop right beside the {item}
+cross the floor with a few calm steps and stop in front of the {appliance}
+reach out with one free hand and carefully pick up the {item} from the table
+lift both hands a little and gently place the {item} inside the waiting {appliance}
+put two fingers on the handle and pull the door of the {appliance} open
+press one palm on the door and push until the {appliance} is firmly closed"""}
+FOOD_UNSEEN = (         # (item, appliance), to test generalisation
     ("cheese", "microwave"), ("hamburger", "microwave"), ("apple pie", "microwave"),
     ("pizza", "microwave"), ("dishes", "dishwasher"), ("clothes", "washing machine"))
 FoodState = namedtuple("FoodState", "room near item open")
 
+
 class Food(Household):
-    """Food preparation (the paper's VirtualHome task): get the pancake into the microwave.
-    Sparse reward: +1 at success, which takes 6 steps at best; a random agent manages in
-    1.69 % of its episodes.  `item` and `appliance` swap words and leave the rules alone;
-    wording "short" says every action in 3-6 words, "long" in 14 or 15.  Item and appliance
-    keep their state while the agent is in another room and cannot see them."""
-    start = FoodState("kitchen", "nothing", "table", False)
+    """Food preparation (the paper's VirtualHome task): the pancake into the microwave.
+
+    It takes 6 steps at best; a random agent manages in 1.69 % of its episodes. `item` and
+    `appliance` swap words, wording "short" says an action in 3-6 words, "long" in 14 or 15.
+    Item and appliance keep their state while the agent is elsewhere and cannot see them.
+    """
+
+    start = FoodState("kitchen", (), "table", False)
 
     def __init__(self, item="pancake", appliance="microwave", wording="long"):
-        for name in (item, appliance):
-            plain = all(map(str.isalpha, str(name).split(" ")))
-            require(plain, f"{name!r}: item and appliance must be plain words")
-        different = len({item, appliance, *ROOMS}) == 2 + len(ROOMS)
-        require(different, "item and appliance must be different, and not rooms")
+        plain = all(map(str.isalpha, f"{item} {appliance}".split(" ")))
+        require(plain and len({item, appliance, *ROOMS}) == 2 + len(ROOMS),
+                "item and appliance must be plain words, different, and not rooms")
         _choose("wording", wording, FOOD_WORDINGS)
         self.item = item
         self.appliance = appliance
-        self.words = {key: text.format(item=item, appliance=appliance)
-                      for key, text in FOOD_WORDINGS[wording].items()}
+        texts = FOOD_WORDINGS[wording].format(item=item, appliance=appliance)
+        self.words = dict(zip(FOOD_ACTIONS, texts.splitlines(), strict=True))
         super().__init__()
 
     def choices(self):
         room, near, item, door_open = self.state
-        others = [other for other in ROOMS if other != room]
-        choices = {other: {"room": other, "near": "nothing"} for other in others}
+        choices = {x: {"room": x, "near": ()} for x in ROOMS if x != room}
+        both = ("item", "appliance")
         if room == "kitchen":
-            if near in ("nothing", "appliance"):
-                where = {"table": "item", "hand": "nothing", "inside": "both"}
+            if "item" not in near:
+                where = {"table": ("item",), "hand": (), "inside": both}
                 choices["item"] = {"near": where[item]}
-            if near in ("nothing", "item"):
-                choices["appliance"] = {"near": "both" if item == "inside" else "appliance"}
-            if near == "item":
-                choices["grab"] = {"item": "hand", "near": "nothing"}
-            if near in ("appliance", "both"):
+            if "appliance" not in near:
+                choices["appliance"] = {"near": both[item != "inside":]}
+            if near == ("item",):
+                choices["grab"] = {"item": "hand", "near": ()}
+            if "appliance" in near:
                 if item == "hand":
                     choices["put"] = {}
                     if door_open:
-                        choices["put"] = {"item": "inside", "near": "both"}
+                        choices["put"] = {"item": "inside", "near": both}
                 choices["open"] = {"open": True}
                 choices["close"] = {"open": False}
         return {self.words[key]: change for key, change in choices.items()}
@@ -426,9 +500,7 @@ class Food(Household):
 
     def observe(self):
         item = f"the {self.item}"
-        appliance = f"the {self.appliance}"
-        near = {"nothing": "nothing", "item": item, "appliance": appliance,
-                "both": f"{item} and {appliance}"}[self.state.near]
+        near = _and(getattr(self, thing) for thing in self.state.near)
         held = item if self.state.item == "hand" else "nothing"
         seen = ""
         if self.state.room == "kitchen":
@@ -439,14 +511,19 @@ class Food(Household):
         return (f"You are in the {self.state.room}, near {near}. You hold {held}. {seen}"
                 f"You want {item} inside the closed {self.appliance}. Your next step is to")
 
+
 EntertainmentState = namedtuple(
     "EntertainmentState", "room near sitting television chips milk")
 
+
 class Entertainment(Household):
-    """An evening at home (the paper's VirtualHome task): television with chips and milk.
-    Sparse reward: +1 for sitting with the television on and both chips and milk in hand or
-    on the coffee table.  That takes 11 steps at best; a random agent manages in 0.30 % of
-    its episodes.  Two full hands cannot switch anything."""
+    """An evening at home (the paper's VirtualHome task): television, chips and milk.
+
+    Success: sitting, the television on, chips and milk each in hand or on the coffee table.
+    It takes 11 steps at best; a random agent manages in 0.30 % of its episodes. Two full
+    hands cannot switch anything.
+    """
+
     start = EntertainmentState("kitchen", "nothing", False, False, "kitchen", "kitchen")
 
     def _snacks(self, place):
@@ -477,9 +554,10 @@ class Entertainment(Household):
                 choices[f"grab the {snack}"] = {snack: "hand"}
         elif s.near == "television":
             switch = "off" if s.television else "on"
-            choices[f"turn {switch} the television"] = {}
+            change = {}
             if len(self._snacks("hand")) < 2:
-                choices[f"turn {switch} the television"] = {"television": not s.television}
+                change = {"television": not s.television}
+            choices[f"turn {switch} the television"] = change
         elif s.near == "sofa":
             choices["sit down on the sofa"] = {"sitting": True}
         return choices
@@ -505,41 +583,55 @@ class Entertainment(Household):
                 f"{seen}You want to sit and watch television with the chips and the milk. "
                 "Your next step is to")
 
-# ------------------------------------------------------------ orders
+
+# ------------------------------------------------- orders
 
 GUESTS = ("Ann", "Bob", "Cleo", "Dan")
-COURSES = (  # one group for each slot, one word for each choice
+COURSES = (     # one group for each slot, one word for each choice
     "soup salad melon shrimp olives toast", "bread rice pasta fries beans corn",
     "tea coffee water juice milk cider", "cake pudding fruit waffle sorbet pie",
     "fish chicken tofu beef lamb eggs", "salt pepper butter mustard lemon oil",
     "fork spoon knife straw cup plate", "window garden corner terrace bar door")
 NUMBERS = "no one two three four five six seven eight nine ten".split()
+MIXED = ("{}", "fresh {}", "plenty of {}") * 2         # dishes of one to three words
 OrdersState = namedtuple("OrdersState", "guest to_come perfect")
 
-class Orders(TextEnv):
-    """An action space that explodes: words ** slots sentences out of slots * words words.
-    A random guest orders; the answer is "serve" and a word for each slot.  Each guest
-    always wants the same, no two the same.  Reward: share of slots that are right, divided
-    by `guests`, in all at best 1, or 1 / words at random.  Up to 256 sentences are listed
-    as the menu; beyond, the agent writes freely, and other text leaves the guest unserved.
-    State: the guest, how many come after this one, whether all words were right so far."""
-    limit = float("inf")  # the episode ends with its last guest
 
-    def __init__(self, slots=4, words=4, guests=5):
+class Orders(TextEnv):
+    """An action space that explodes: words ** slots sentences out of slots * words dishes.
+
+    A random guest orders; the answer is "serve" and a dish for each slot. Each guest always
+    wants the same, no two the same. Reward: share of slots that are right, divided by
+    `guests`: in all at best 1, at random 1 / words. Up to 256 sentences are listed as the
+    menu; beyond, the agent writes freely, and other text leaves the guest unserved.
+    wording: "short", a word a dish, or "mixed", one to three words.
+    State: the guest, how many come after this one, whether all dishes were right so far.
+    """
+
+    limit = float("inf")        # the episode ends with its last guest
+
+    def __init__(self, slots=4, words=4, guests=5, wording="short"):
         _choose("slots", slots, range(1, 9))
         _choose("words", words, range(2, 7))
         _choose("guests", guests, range(1, 11))
+        _choose("wording", wording, ("short", "mixed"))
         count = words**slots
         require(count >= len(GUESTS), f"slots={slots} and words={words} make {count} "
-                      f"orders, fewer than {len(GUESTS)}")
+                f"orders, fewer than {len(GUESTS)}")
         self.restricted = count <= 256
         self.guests = guests
-        self.courses = [course.split()[:words] for course in COURSES[:slots]]
-        self.wanted = {}
-        for g, guest in enumerate(GUESTS):
-            shift = g // words  # with two or three words, this tells four guests apart
-            self.wanted[guest] = [course[(g + i + i % 2 * shift) % words]
-                                  for i, course in enumerate(self.courses)]
+        self.courses = []
+        self.wanted = {guest: [] for guest in GUESTS}
+        for i, course in enumerate(COURSES[:slots]):
+            dishes = course.split()[:words]
+            if wording == "mixed":
+                dishes = list(map(str.format, MIXED, dishes))
+            self.courses.append(dishes)
+            for g, guest in enumerate(GUESTS):
+                shift = g // words      # with two or three, this tells four guests apart
+                self.wanted[guest].append(dishes[(g + i + i % 2 * shift) % words])
+        slots = "".join(f" ({'|'.join(dishes)})" for dishes in self.courses)
+        self.order = re.compile(f"serve{slots}")
         super().__init__()
 
     @property
@@ -549,17 +641,14 @@ class Orders(TextEnv):
     def menu(self):
         if not self.restricted:
             return []
-        return [" ".join(("serve", *dish)) for dish in itertools.product(*self.courses)]
+        return list(map(" ".join, product(["serve"], *self.courses)))
 
     def random_action(self):
-        dish = [self.rng.choice(course) for course in self.courses]
-        return " ".join(["serve"] + dish)
+        dishes = [self.rng.choice(course) for course in self.courses]
+        return " ".join(["serve", *dishes])
 
     def admits(self, action):
-        verb, *dish = action.split(" ")
-        if verb != "serve" or len(dish) != len(self.courses):
-            return False
-        return all(word in course for word, course in zip(dish, self.courses))
+        return self.order.fullmatch(action) is not None
 
     def observe(self):
         guest, to_come, _ = self.state
@@ -569,8 +658,10 @@ class Orders(TextEnv):
 
     def apply(self, action):
         guest, to_come, perfect = self.state
-        _, *dish = action.split(" ")
-        right = sum(map(operator.eq, dish, self.wanted[guest]))
+        right = 0
+        served = self.order.fullmatch(action)
+        if served:
+            right = sum(map(eq, served.groups(), self.wanted[guest]))
         reward = right / len(self.courses) / self.guests
         perfect = perfect and right == len(self.courses)
         if to_come == 0:
@@ -580,9 +671,10 @@ class Orders(TextEnv):
         return reward, None
 
     def refuse(self):
-        return self.apply("")  # no word is right, and it is the next guest's turn
+        return self.apply("")           # nothing is right, and it is the next guest's turn
 
-# ------------------------------------------------------------ salad
+
+# ------------------------------------------------- salad
 
 # thing or place → (floor cell where one uses it, wall cell where it stands), (row, column)
 # each; the later of two names of a floor cell is the one that is read
@@ -592,16 +684,19 @@ KITCHEN = {
     "second board": ((2, 1), (2, 0)), "counter": ((3, 1), (3, 0))}
 SaladState = namedtuple("SaladState", "cell where chopped")
 
+
 class Salad(TextEnv):
-    """Cooking (the paper's Overcooked task): chop the tomato, put it in the bowl, serve it.
+    """Cooking (the paper's Overcooked task): chop the tomato, into the bowl, serve it.
+
     An action is an errand of n moves: walking a cell is one, so are taking and putting,
-    chopping is three.  An event e (chopping what the recipe needs +0.2, serving the right
-    dish +1, anything else -0.1) falls on the last move, and the reward is
-    -0.1 (1 - 0.99ⁿ) + 0.99ⁿ⁻¹ e.  The agent sees its hand and what is at most two rows and
-    columns away.  Best return at γ = 0.95 is 0.9092; a random agent serves in 44.2 % of its
-    episodes of at most 200 moves.
+    chopping is three. An event e (chopping what the recipe needs +0.2, serving the right
+    dish +1, anything else −0.1) falls on the last move: −0.1 (1 − 0.99ⁿ) + 0.99ⁿ⁻¹ e. The
+    agent sees its hand and what is at most two rows and columns away. Best return at
+    γ = 0.95 is 0.9092; a random agent serves in 44.2 % of its episodes of 200 moves.
     State: the agent's cell; where each thing is: a board, "hand", for foods also "bowl", or
-    at home, which goes by the thing's own name; and the foods that are chopped."""
+    at home, which goes by the thing's own name; and the foods that are chopped.
+    """
+
     foods = ("tomato",)
     recipe = ["tomato"]
     boards = ("first board",)
@@ -633,8 +728,8 @@ class Salad(TextEnv):
             visit = f"put the {hand} on"
         choices = {}
         for food in self.foods:
-            choices[fetch.format(food)] = partial(self._fetch_food, food)
-        choices["take the bowl"] = self._fetch_bowl
+            choices[fetch.format(food)] = partial(self._fetch, food)
+        choices["take the bowl"] = partial(self._fetch, "bowl")
         for board in self.boards:
             choices[f"{visit} the {board}"] = partial(self._visit_board, board)
         choices["serve the dish" if hand else "serve nothing"] = self._serve
@@ -661,41 +756,34 @@ class Salad(TextEnv):
                 f"with {wanted} served. Your next step is to")
 
     def apply(self, action):
-        self.moves = 1  # what the hand does; the way to it is added
+        self.moves = 1                  # what the hand does; the way to it is added
         errand = self.choices()[action]
         event = errand() or 0.0
         moves = max(self.moves, 1)
-        self.clock += moves - 1  # step() has counted one
+        self.clock += moves - 1         # step() has counted one
         reward = -0.1 * (1 - 0.99**moves) + 0.99 ** (moves - 1) * event
         return reward, event == 1.0 or None
 
-    def _fetch_food(self, food):
-        hand = self._at("hand")
-        place = self.where[food]
-        if place in ("hand", hand):  # in the hand, or in the bowl that is in the hand
+    def _fetch(self, thing):
+        place = self.where[thing]
+        in_bowl = thing in self._in_bowl()
+        if in_bowl:
+            place = self.where["bowl"]
+        if place == "hand":
             return
-        if place == "bowl":  # on a board
-            self._walk(self.where["bowl"], until_seen=True)
-            return
-        self._walk(place)
-        if place in self.boards and food not in self.chopped:
-            self.moves -= 1  # only go there, to chop it
-        else:
-            self._handle(food)
-
-    def _fetch_bowl(self):
-        hand = self._at("hand")
-        if hand != "bowl":
-            self._walk(self.where["bowl"])
-            self._handle("bowl")
-            self.moves += hand in self.chopped  # to put that in
+        self._walk(place, until_seen=in_bowl)
+        if place in self.boards and thing in self.foods and thing not in self.chopped:
+            self.moves -= 1             # only go there, to chop it
+        elif not in_bowl:
+            self.moves += thing == "bowl" and self._at("hand") in self.chopped
+            self._handle(thing)
 
     def _visit_board(self, board):
         hand = self._at("hand")
         lying = self._at(board)
         self._walk(board)
         if not hand:
-            self.moves -= 1  # only go there
+            self.moves -= 1             # only go there
         elif lying:
             self._handle(lying)
         else:
@@ -714,12 +802,12 @@ class Salad(TextEnv):
         hand = self._at("hand")
         self._walk("counter")
         if not hand:
-            self.moves -= 1  # only go there
+            self.moves -= 1             # only go there
             return 0.0
         if hand == "bowl" and self._in_bowl() == self.recipe:
             return 1.0
         for thing, place in self.where.items():
-            if place in ("hand", hand):  # held, or in the bowl that is held: back it goes
+            if place in ("hand", hand):         # held, or in the bowl that is: it goes home
                 self.where[thing] = thing
                 self.chopped.discard(thing)
         return -0.1
@@ -738,16 +826,10 @@ class Salad(TextEnv):
         """Walk, rows first, to `spot` or until it is in view."""
         goal, _ = KITCHEN[spot]
         while self.cell != goal and not (until_seen and self._sees(spot)):
-            row, column = self.cell
-            if row < goal[0]:
-                row += 1
-            elif row > goal[0]:
-                row -= 1
-            elif column < goal[1]:
-                column += 1
-            else:
-                column -= 1
-            self.cell = (row, column)
+            cell = list(self.cell)
+            axis = int(cell[0] == goal[0])
+            cell[axis] += 1 if cell[axis] < goal[axis] else -1
+            self.cell = tuple(cell)
             self.moves += 1
 
     def _sees(self, spot):
@@ -756,10 +838,7 @@ class Salad(TextEnv):
 
     def _at(self, place):
         """The thing in the hand or on a board, "" if there is none."""
-        for thing, where in self.where.items():
-            if where == place:
-                return thing
-        return ""
+        return {where: thing for thing, where in self.where.items()}.get(place, "")
 
     def _here(self):
         """The thing on the board at which the agent stands, "" if there is none."""
@@ -781,16 +860,18 @@ class Salad(TextEnv):
             return "the bowl with " + _and(f"chopped {food}" for food in self._in_bowl())
         return f"the {thing}"
 
+
 class Salad2(Salad):
-    """Tomato and lettuce, a second board, an onion that nobody ordered.
-    Best return 0.9176; random success 1.02 %."""
+    """And lettuce, a second board, an onion; best return 0.9176, random success 1.02 %."""
+
     foods = ("tomato", "lettuce", "onion")
     recipe = ["tomato", "lettuce"]
     boards = ("first board", "second board")
 
-# ------------------------------------------------------------ scikit
 
-SCIKIT_NAMES = {  # name → (module, {argument: values}); first two of preprocessing
+# ------------------------------------------------- scikit
+
+SCIKIT_NAMES = {        # name → (module, {argument: values}); first two of preprocessing
     "StandardScaler": ("preprocessing", {}),
     "PCA": ("decomposition", {"n_components": (1, 2, 4, 8)}),
     "GaussianNB": ("naive_bayes", {}),
@@ -803,23 +884,27 @@ SCIKIT_NAMES = {  # name → (module, {argument: values}); first two of preproce
     "RandomForestClassifier": ("ensemble", {
         "n_estimators": (1, 5, 10, 20, 50), "max_depth": (1, 2, 4, 8)})}
 
+
 class Scikit(TextEnv):
     """Data-science coding: one line of free text, read as a scikit-learn classifier.
-    Such as "make_pipeline(StandardScaler(), LogisticRegression(C=0.5))".  Reward: mean
-    ROC-AUC (one-vs-one for several classes) over five stratified 50/50 splits, and the
-    episode ends; -1 for whatever fails, at most five times.  The text is never executed,
-    but parsed and rebuilt from SCIKIT_NAMES; limits are sizes, not seconds, so that one
-    seed gives one run.  The state is the name of the last error, "" at first."""
+
+    Such as "make_pipeline(StandardScaler(), LogisticRegression(C=0.5))". Reward: mean
+    ROC-AUC (one-vs-one for several classes) over five stratified 50/50 splits, which ends
+    the episode; −1 for whatever fails. The text is never executed, but parsed and rebuilt
+    from SCIKIT_NAMES; limits are sizes, not seconds, so that one seed gives one run. The
+    state is the name of the last error, "" at first.
+    """
+
     start = ""
     limit = 5
     refused = -1.0
-    scores = {}  # (data set, text) → reward, shared by all instances
+    scores = {}                 # (data set, text) → reward, shared by all instances
 
     def __init__(self, dataset="breast cancer"):
         _choose("dataset", dataset, ("breast cancer", "wine", "iris", "digits"))
-        load = getattr(_sklearn("datasets"), f"load_{dataset.replace(' ', '_')}")
+        loader = f"load_{dataset.replace(' ', '_')}"
         self.dataset = dataset
-        self.data = load(return_X_y=True)
+        self.data = getattr(import_module("sklearn.datasets"), loader)(return_X_y=True)
         super().__init__()
 
     def menu(self):
@@ -837,7 +922,7 @@ class Scikit(TextEnv):
         """A random line; one in five has a typo, a wrong name or a wrong argument."""
         first, second, *classifiers = SCIKIT_NAMES
         step = self.rng.choice([first, second])
-        names = [step] * self.rng.randrange(2)  # with it or without
+        names = [step] * self.rng.randrange(2)          # with it or without
         names.append(self.rng.choice(classifiers))
         calls = []
         for name in names:
@@ -846,9 +931,9 @@ class Scikit(TextEnv):
             if argument:
                 argument += f"={self.rng.choice(values)!r}"
             calls.append(f"{name}({argument})")
-        text = calls[0]
+        text = ", ".join(calls)
         if len(calls) > 1:
-            text = f"make_pipeline({', '.join(calls)})"
+            text = f"make_pipeline({text})"
         if self.rng.random() < 0.8:
             return text
         wrong_name = text.replace(name, "BestClassifier")
@@ -859,7 +944,7 @@ class Scikit(TextEnv):
         try:
             if (self.dataset, action) not in self.scores:
                 self.scores[self.dataset, action] = _auc(action, *self.data)
-        except Exception as error:  # whatever the text provokes, in parser or scikit-learn
+        except Exception as error:      # whatever the text provokes, also in scikit-learn
             self.state = type(error).__name__
             return False
         return True
@@ -867,11 +952,6 @@ class Scikit(TextEnv):
     def apply(self, action):
         return self.scores[self.dataset, action], True
 
-def _sklearn(module):
-    try:
-        return importlib.import_module(f"sklearn.{module}")
-    except ImportError:
-        raise ImportError("scikit needs scikit-learn: pip install scikit-learn") from None
 
 def _auc(text, x, y):
     """Mean ROC-AUC of the classifier that `text` describes, over five stratified splits."""
@@ -882,19 +962,19 @@ def _auc(text, x, y):
     splits = []
     for seed in range(5):
         splits.append(train_test_split(rows, test_size=0.5, random_state=seed, stratify=y))
-    with warnings.catch_warnings(), threadpool_limits(1):  # more threads would only wait
+    with warnings.catch_warnings(), threadpool_limits(1):      # more would only wait
         warnings.simplefilter("ignore")
         model = _estimator(ast.parse(text.strip(), mode="eval").body)
         scores = cross_val_score(model, x, y, cv=splits, scoring="roc_auc_ovo",
                                  error_score="raise")
     return float(scores.mean())
 
+
 def _estimator(node):
-    """The estimator that a call in a syntax tree describes.
-    NameError or TypeError outside SCIKIT_NAMES."""
+    """The estimator that a call in a syntax tree describes, or NameError, TypeError."""
     match node:
         case ast.Call(ast.Name("make_pipeline"), steps, []) if steps:
-            return _sklearn("pipeline").make_pipeline(*map(_estimator, steps))
+            return import_module("sklearn.pipeline").make_pipeline(*map(_estimator, steps))
         case ast.Call(ast.Name(name), [], keywords) if name in SCIKIT_NAMES:
             module, allowed = SCIKIT_NAMES[name]
         case _:
@@ -902,33 +982,37 @@ def _estimator(node):
     given = {}
     for keyword in keywords:
         value = ast.literal_eval(keyword.value)
-        if isinstance(value, str):
-            value = value.strip()  # a tokenizer may put spaces into strings
         if keyword.arg in given or value not in allowed.get(keyword.arg, ()):
             raise TypeError("not a listed argument or value")
         given[keyword.arg] = value
-    estimator = getattr(_sklearn(module), name)(**given)
+    estimator = getattr(import_module(f"sklearn.{module}"), name)(**given)
     if "random_state" in estimator.get_params():
         estimator.set_params(random_state=0)
     return estimator
 
-# ------------------------------------------------------------ all of them
+
+# ------------------------------------------------- all of them
 
 ENVS = {
     "pancake": Pancake, "lunch": Lunch, "food": Food, "entertainment": Entertainment,
     "orders": Orders, "salad": Salad, "salad2": Salad2, "scikit": Scikit}
 
+
 def make(name, **options):
-    """Build the environment called `name`, one of ENVS, with that class's options.
-    make("food", item="pizza", wording="long").  ValueError for a name, an option or a value
-    that does not exist."""
+    """Build an environment, one of ENVS; ValueError for a name or option that is not there.
+
+    >>> make("food", item="pizza", wording="short").menu()[0]
+    'walk to the living room'
+    """
     _choose("the environment", name, ENVS)
     allowed = list(inspect.signature(ENVS[name]).parameters)
     for option in options:
         require(option in allowed, f"{name} takes the options {allowed}, no {option}")
     return ENVS[name](**options)
 
-# ------------------------------------------------------------ who speaks their language
+
+# ------------------------------------------------- who speaks their language
+
 
 @contextmanager
 def seeded(seed):
@@ -937,13 +1021,15 @@ def seeded(seed):
         torch.manual_seed(seed)
         yield
 
+
 def tiny_lm(env_fn, seed=0, pretrain_steps=300):
     """A language model without a download, pre-trained in seconds: (lm, tokenizer).
-    A Llama of 2 layers × 64 with one token a word.  It reads observations with random
-    admissible actions: it speaks the language and knows nothing of the dynamics."""
-    pairs = _random_play(env_fn(), seed)
-    tokenizer = _word_tokenizer(pairs)
-    texts = [f"{obs} {action} <eos>" for obs, action in pairs]
+
+    A Llama of 2 layers × 64 with one token a word. It reads observations with random
+    admissible actions: it speaks the language and knows nothing of the dynamics.
+    """
+    texts = [joined(*pair) for pair in _random_play(env_fn(), seed)]
+    tokenizer = _word_tokenizer(texts)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
                          num_hidden_layers=2, num_attention_heads=4,
                          max_position_embeddings=1024)
@@ -951,33 +1037,45 @@ def tiny_lm(env_fn, seed=0, pretrain_steps=300):
         lm = LlamaForCausalLM(config)
         optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
         for _ in trange(pretrain_steps, desc="pre-training the tiny LM", leave=False):
-            chosen = [texts[i] for i in torch.randint(len(texts), (16,))]
+            chosen = [f"{texts[i]}<eos>" for i in torch.randint(len(texts), (16,))]
             batch = tokenizer(chosen, padding=True, return_tensors="pt")
-            padding = batch.attention_mask == 0  # (B, L)
-            labels = batch.input_ids.masked_fill(padding, -100)  # -100 is not learned
+            padding = batch.attention_mask == 0                             # (B, L)
+            labels = batch.input_ids.masked_fill(padding, -100)     # −100 is not learned
             optimizer.zero_grad()
             lm(batch.input_ids, batch.attention_mask, labels=labels).loss.backward()
             optimizer.step()
     return lm, tokenizer
 
+
 def _random_play(env, seed, steps=3000):
     """The distinct (observation, action) pairs of a random agent, in order."""
     pairs = {}
-    obs, _ = env.reset(seed=seed)
+    player = Player(env, seed)
     for _ in range(steps):
         action = env.random_action()
-        pairs[obs, action] = None
-        obs, _, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:
-            obs, _ = env.reset()
+        pairs[player.obs, action] = None
+        player.step(action)
+        if player.over:
+            player.begin()
     return list(pairs)
 
-def _word_tokenizer(pairs):
-    """One token a word, for the words in `pairs`."""
+
+def joined(prompt, text):
+    """Both as one text, with a space between unless the prompt ends in white space."""
+    gap = " " * (not prompt[-1].isspace())
+    return prompt + gap + text
+
+
+def _word_tokenizer(texts):
+    """One token for each word or run of punctuation, with the white space before it.
+
+    The first is read as after a space. So decoding gives the text back.
+    """
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Prepend(" ")])
+    words.pre_tokenizer = Split(Regex(r"\s*(\w+|[^\w\s]+)"), "isolated")
+    words.decoder = decoders.Fuse()
     special = ["<pad>", "<unk>", "<eos>"]
-    texts = itertools.chain(*pairs)
     words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=special))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>",
                                    unk_token="<unk>", eos_token="<eos>")

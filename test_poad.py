@@ -1193,22 +1193,27 @@ def test_train_repeats_itself():
 
 START = "you", {"menu": MENU}
 END = {"menu": MENU, "success": True}
+NO_MENUS = ["wait", {"wait"}, 5, np.array("wait"), [0, 1], [None], ["wait", " "], ["eat"] * 2, []]
 
 
 @pytest.mark.parametrize("reset, step, words", [
     ("you see", None, "reset must return"), ((np.zeros(3), {}), None, "expected a text"),
-    (("you", {"menu": "wait"}), None, "list of texts"),
+    (("you", None), None, "info is None"),
+    *((("you", {"menu": menu}), None, "menu (is|has)") for menu in NO_MENUS),
     (START, ("you", 1.0, True, END), "step must return"),
+    (START, ("you", 1.0, True, False, None), "info is None"),
     (START, ("you", 1.0, True, False, {"menu": MENU}), "success"),
+    (START, ("you", 1.0, True, False, {"success": [True]}), "success"),
+    (START, ("you", 1.0, None, True, END), "terminated is None"),
+    (START, ("you", 1.0, False, "no", END), "truncated is 'no'"),
     (START, ("", 1.0, False, True, END), "expected a text"),
     (START, ("you", None, True, False, END), "reward is None"),
     (START, ("you", NAN, True, False, END), "reward is nan")])
 def test_own_environment_is_told(reset, step, words):
-    env = Mock()
-    env.reset.return_value = reset
-    env.step.return_value = step
+    def env_fn():
+        return Mock(**{"reset.return_value": reset, "step.return_value": step})
     with pytest.raises(ValueError, match=words):
-        list(train(small_agent(), lambda: env, Config(updates=1)))
+        list(train(small_agent(), env_fn, Config(updates=1)))
 
 
 def test_play():
@@ -1436,15 +1441,16 @@ def test_readme_has_verls_numbers(verl):
 
 
 def test_token_mdp_by_hand():
-    """Actions a, b a, b b c; prefixes, shorter first: (), (b), (b b)."""
-    reward = np.zeros((1, 3))
-    mdp = TokenMDP([[[1]] * 3], reward, [[0], [1, 0], [1, 1, 2]], ["a", "b", "c"])
+    """Actions a, b c, b a c; prefixes, shorter first: (), (b), (b a)."""
+    mdp = small_mdp()
+    assert mdp.prefixes == ((), (1,), (1, 0))
+    assert mdp.child.tolist() == [[-1, 1, -1], [2, -1, -1], [-1, -1, -1]]
+    assert mdp.leaf.tolist() == [[0, -1, -1], [-1, -1, 1], [-1, -1, 2]]
+    reward = np.zeros((1, 2))
+    copy = TokenMDP([[[1], [1]]], reward, np.eye(2, dtype=int), ["a", "b"])
     reward[:] = 7
-    near(mdp.reward, [[0, 0, 0]], "tables must be copied")
-    assert mdp.actions == ((0,), (1, 0), (1, 1, 2))
-    assert mdp.prefixes == ((), (1,), (1, 1))
-    assert mdp.child.tolist() == [[-1, 1, -1], [-1, 2, -1], [-1, -1, -1]]
-    assert mdp.leaf.tolist() == [[0, -1, -1], [1, -1, -1], [-1, -1, 2]]
+    near(copy.reward, [[0, 0]], "tables must be copied")
+    assert copy.actions == ((1, 0), (0, 1))
 
 
 def test_random_mdp():
@@ -1462,6 +1468,8 @@ def test_random_mdp():
 def test_lunch_mdp_fools_the_naive_learner():
     mdp = lunch_mdp()
     assert len(mdp.reward) <= 5
+    said = {" ".join(mdp.vocab[w] for w in action) for action in mdp.actions}
+    assert said == set().union(*envs.Lunch.actions.values()), "not the sentences of `lunch`"
     length = t([len(action) for action in mdp.actions])
     q, _ = exact(mdp, 0.95)
     naive, _ = exact(mdp, 0.95, 0.95)
@@ -1521,6 +1529,15 @@ def induction(rows, column, limit, penalty, reduce, gamma=1.0):
     return v[0, 0]
 
 
+def time_out(env, limit):
+    """The reward of the last of so many steps that do nothing."""
+    env.reset()
+    for _ in range(limit):
+        _, reward, _, truncated, info = env.step("nonsense")
+    assert truncated and info["success"] is False
+    return reward
+
+
 @pytest.mark.parametrize("name, limit, states, fewest, sequences, best, success, mean", [
     ("pancake", 5, 3, 3, 1, .9025, 68.75, .375),
     ("lunch", 12, 2, 2, 1, .95, 49.951, .84917),
@@ -1530,8 +1547,10 @@ def induction(rows, column, limit, penalty, reduce, gamma=1.0):
     ("salad2", 200, 1156, 10, 48, .91765, 1.0191, -.55652)])
 def test_reference_numbers(name, limit, states, fewest, sequences, best, success, mean):
     """Best return at γ = .95; success in percent and mean return (γ = 1) of a random agent."""
-    found, rows = explore(make(name))
+    env = make(name)
+    found, rows = explore(env)
     penalty = -float(name == "pancake")  # at the time limit
+    assert time_out(env, limit) == pytest.approx(penalty - .001 * name.startswith("salad"))
     assert len(found) == states
     assert shortest(states, rows) == (fewest, sequences)
     near(induction(rows, 2, limit, penalty, "amax", 0.95), best, "best return", tol=1e-4)
@@ -1557,25 +1576,12 @@ def test_food_hides_what_is_out_of_sight():
     assert env.state != closed.state
 
 
-def test_salad_by_hand():
-    """One delivered salad: tomato, board, chop, bowl, fill it, counter."""
-    # cells walked: 1 | 4 | 0 | 8 | 8 | 2; taking, putting, serving is one move, chopping three
-    plan = [("pick up the tomato", 2, 0), ("put the tomato on the first board", 5, 0),
-            ("chop the tomato", 3, .2), ("take the bowl", 9, 0),
-            ("put the tomato in the bowl", 9, 0), ("serve the dish", 3, 1)]
-    env = make("salad")
-    for action, moves, event in plan:
-        _, reward, terminated, truncated, info = env.step(action)
-        right = -.1 * (1 - .99 ** moves) + .99 ** (moves - 1) * event
-        assert reward == pytest.approx(right), action
-    assert terminated and info["success"]
-
-
-def test_orders():
+@pytest.mark.parametrize("wording, lengths", [("short", {5}), ("mixed", set(range(5, 14)))])
+def test_orders(wording, lengths):
     """Every guest has one wish; a random order is a quarter right; all wishes pay 1 in all."""
     wishes = {}
     for seed in range(20):
-        env = make("orders", guests=2)
+        env = make("orders", guests=2, wording=wording)
         guest, info = env.reset(seed)
         state = env.state
         pays = {}
@@ -1585,11 +1591,13 @@ def test_orders():
             pays[action] = env.step(action)[1]
         wish = max(pays, key=pays.get)
         assert len(pays) == 256 and pays[wish] == 1 / 2
+        assert {len(action.split()) for action in pays} == lengths
         assert sum(pays.values()) / 256 == pytest.approx(0.25 / 2)
         assert wishes.setdefault(guest, wish) == wish, "a guest changed its mind"
         assert env.step("nonsense")[1:3] == (0, True), "it ends with the second guest"
     assert len(wishes) == len(set(wishes.values())) == 4
-    assert "menu" not in make("orders", slots=6).reset()[1], "4⁶ sentences are too many to list"
+    env = make("orders", slots=8, words=6, wording=wording)
+    assert env.step(env.random_action())[-1] == {}, "valid; 6⁸ sentences are too many to list"
 
 
 # ------------------------------------------------------------------ calling convention
@@ -1606,19 +1614,6 @@ def test_any_string_is_safe(name, text):
     assert reward == pytest.approx(penalty.get(name, 0))
     if name not in ("orders", "scikit"):  # the next guest, the last error
         assert env.state == state
-
-
-@pytest.mark.parametrize("name, limit", [
-    ("pancake", 5), ("lunch", 12), ("food", 50), ("entertainment", 50), ("salad", 200),
-    ("salad2", 200), ("scikit", 5)])
-def test_time_limit(name, limit):
-    env = make(name)
-    for i in range(1, limit + 1):
-        _, reward, terminated, truncated, info = env.step("nonsense")
-        assert not terminated
-        assert truncated == (i == limit) == ("success" in info)
-    assert info["success"] is False
-    assert name != "pancake" or reward == -1
 
 
 @pytest.mark.parametrize("name", sorted(set(ENVS) - {"scikit"}))
@@ -1642,6 +1637,48 @@ def test_episodes(name):
             assert ("success" in info) == over
 
 
+@pytest.mark.parametrize("menu", [tuple(MENU), np.array(MENU), iter(MENU)])
+def test_player_takes_numpy_and_iterators(menu):
+    """At the end an empty menu is fine, too."""
+    env = Mock()
+    env.reset.return_value = "you", {"menu": menu}
+    env.step.return_value = "you", np.float32(2), np.False_, np.True_, {"success": 1, "menu": []}
+    player = Player(env)
+    assert player.menu == MENU and {type(text) for text in player.menu} == {str}
+    assert player.step("eat") == player.total == 2
+    assert player.over is player.cut is player.success is True
+
+
+def test_make_players():
+    first, second = envs.make_players(Clock, [0, 1])
+    assert first.env is not second.env
+    with pytest.raises(ValueError, match="a new environment at each call"):
+        envs.make_players(lambda: first.env, [0, 1])
+
+
+class Desk(envs.Story):
+    start = "Say it:\n"
+    text = "{}"
+    scenes = {start: start, "Again:": "Again:"}
+    pays = {}
+    actions = dict.fromkeys(scenes, {
+        "put mug 1 in/on desk 1": start, "weights='distance'": "Again:", "eat ice-cream, a": start,
+        "make_pipeline(StandardScaler(), SVC(C=0.5))": start, "if x:\n    y": "Again:"})
+
+
+def test_tiny_lm_writes_what_it_reads():
+    """The tokens that follow a prompt say exactly the text; a word is one token anywhere."""
+    _, tokenizer = envs.tiny_lm(Desk, pretrain_steps=0)
+    for prompt, menu in Desk.actions.items():
+        begin = tokenizer(prompt).input_ids
+        for text in menu:
+            ids = tokenizer(envs.joined(prompt, text)).input_ids
+            assert ids[:len(begin)] == begin and tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids[len(begin):]).strip() == text
+    first, *words = tokenizer("put no put").input_ids
+    assert len(words) == 2 and first == words[-1]
+
+
 MDP = {"transition": [[[1], [1]]], "reward": [[0, 0]], "actions": [(0,), (1,)], "vocab": "ab"}
 
 
@@ -1655,7 +1692,8 @@ MDP = {"transition": [[[1], [1]]], "reward": [[0, 0]], "actions": [(0,), (1,)], 
     (random_mdp, {"seed": 0, "actions": 9, "vocab": 2, "max_length": 3}),
     (make, {"name": "nope"}),
     (make, {"name": "food", "colour": "red"}),
-    (make, {"name": "orders", "guests": 0})])
+    (make, {"name": "orders", "guests": 0}),
+    (make, {"name": "orders", "wording": "long"})])
 def test_environments_refuse_bad_input(f, options):
     with pytest.raises(ValueError):
         f(**options)
@@ -1682,6 +1720,7 @@ def test_scikit_score():
     assert "wine" in obs and "menu" not in info
     _, *end, info = env.step("RandomForestClassifier(n_estimators=5)")
     assert end == [pytest.approx(np.mean(scores)), True, False] and info["success"]
+    assert time_out(env, 5) == -1
     line = "make_pipeline(StandardScaler(), LogisticRegression(C=0.5))"
     assert make("scikit").step(line)[1] > 0.98, "on two classes"
 
