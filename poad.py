@@ -42,7 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-from envs import ENVS, make, make_players, require, seeded, tiny_lm
+from envs import ENVS, joined, make, make_players, require, seeded, tiny_lm
 
 
 def same_shape(**tensors):
@@ -605,11 +605,10 @@ def encode_menu(tokenizer, prompt, texts):
     """
     require(texts, "the menu is empty: at least one action is expected")
     context = encode(tokenizer, prompt)
-    gap = " " * (not prompt[-1].isspace())
     entries = []
     trie = {}
     for text in texts:
-        ids = encode(tokenizer, prompt + gap + text)
+        ids = encode(tokenizer, joined(prompt, text))
         require(ids[:len(context)] == context,
                 f"to the tokenizer the end of {prompt!r} and the beginning of {text!r} are "
                 "one token: end the prompt with a word")
