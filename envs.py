@@ -483,7 +483,8 @@ class Food(Household):
                 where = {"table": ("item",), "hand": (), "inside": both}
                 choices["item"] = {"near": where[item]}
             if "appliance" not in near:
-                choices["appliance"] = {"near": both[item != "inside":]}
+                where = {"table": ("appliance",), "hand": ("appliance",), "inside": both}
+                choices["appliance"] = {"near": where[item]}
             if near == ("item",):
                 choices["grab"] = {"item": "hand", "near": ()}
             if "appliance" in near:
@@ -630,8 +631,8 @@ class Orders(TextEnv):
             for g, guest in enumerate(GUESTS):
                 shift = g // words      # with two or three, this tells four guests apart
                 self.wanted[guest].append(dishes[(g + i + i % 2 * shift) % words])
-        slots = "".join(f" ({'|'.join(dishes)})" for dishes in self.courses)
-        self.order = re.compile(f"serve{slots}")
+        pattern = "".join(f" ({'|'.join(dishes)})" for dishes in self.courses)
+        self.order = re.compile(f"serve{pattern}")
         super().__init__()
 
     @property
