@@ -20,7 +20,7 @@ import tokenize
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ NAN = math.nan
 ON_RANDOM_MDPS = pytest.mark.parametrize("seed", [0, 1, 2])
 IN_ALL_MODES = pytest.mark.parametrize("mode", ["greedy", "policy", "soft"])
 WITH_ALL_MASKS = pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.float64, torch.int64], ids=["bool", "float", "int"])
+    "dtype", [torch.float64, torch.bool, torch.int64], ids=["float", "bool", "int"])
 CPU_SECONDS = float(os.environ.get("CPU_SECONDS", 60))
 
 
@@ -90,11 +90,10 @@ def results(text, table=t):
 def near(actual, expected, hint, mistakes={}, tol=1e-9):
     """Fail with `hint`, or with the name of the mistake whose wrong result this is."""
     __tracebackhide__ = True
-    kind = type(actual)
-    assert not isinstance(actual, (type(None), tuple, dict, str)), (
-        f"{hint}: nothing was returned" if actual is None else
-        f"{hint}: a {kind} was returned, not a tensor")
-    dtype = getattr(actual, "dtype", kind)
+    assert actual is not None, f"{hint}: nothing was returned"
+    assert not isinstance(actual, (tuple, dict, str)), (
+        f"{hint}: a {type(actual)} was returned, not a tensor")
+    dtype = getattr(actual, "dtype", float)
     actual = t(actual)
     expected = t(expected)
     assert actual.shape == expected.shape, (
@@ -104,9 +103,9 @@ def near(actual, expected, hint, mistakes={}, tol=1e-9):
         return
     if actual.isnan().any():
         hint = f"{hint}; NaN, from 0 · NaN, 0 · inf, 0 / 0 or inf - inf: select, do not multiply"
-    often = {"the sign is wrong": -expected, "twice what it should be": 2 * expected,
-             "half of what it should be": expected / 2, "zeros": torch.zeros_like(expected),
-             f"rounded to {dtype}": expected.trunc()}
+    often = {f"rounded to {dtype}": expected.trunc(), "nothing but zeros": 0 * expected,
+             "the sign is wrong": -expected, "twice what it should be": 2 * expected,
+             "half of what it should be": expected / 2}
     if isinstance(mistakes, str):
         mistakes = results(mistakes)
     for words, wrong in (often | mistakes).items():
@@ -117,9 +116,6 @@ def near(actual, expected, hint, mistakes={}, tol=1e-9):
             hint = words
     if torch.allclose(actual, expected, 1e-5, 1e-5):
         hint = f"{hint}; rounded: computed in {dtype}?"
-    for words, x, y in (("late", actual, expected), ("early", expected, actual)):
-        if far.dim() and len(expected.unique()) > 2 and torch.equal(x[..., 1:], y[..., :-1]):
-            hint = f"off by one: a slot too {words}"
     place = far.nonzero()[0].tolist()
     where = f" at {place}" * (place != [])
     pytest.fail(f"{hint}: {actual[far][0]:.6g}, expected {expected[far][0]:.6g}{where}\n"
@@ -133,9 +129,8 @@ def backward(x):
 
 def small_mdp():
     """Two states and the actions "a", "b c", "b a c"; prefixes ∅, b, b a."""
-    transition = [[[1, 0], [.5, .5], [0, 1]], [[.5, .5], [1, 0], [.25, .75]]]
-    actions = [(0,), (1, 2), (1, 0, 2)]
-    return TokenMDP(transition, [[1, 2, 3], [-1, 0, 5]], actions, ["a", "b", "c"])
+    transition = t("1 0 | .5 .5 | 0 1 | .5 .5 | 1 0 | .25 .75").view(2, 3, 2)
+    return TokenMDP(transition, t("1 2 3 | -1 0 5"), [(0,), (1, 2), (1, 0, 2)], "abc")
 
 
 def small_table(rows, invalid=-INF):
@@ -232,6 +227,7 @@ def test_state_values_averages_under_a_policy():
 policy ignored: 7
 all tokens alike: 4.5
 mean of π q, not the sum: 5.75/3
+π only selects: 9
 normalised once more: 5.75/2""")
     near(state_values(q, t("1/3 2/3 0")), [16 / 3], "not Σ π q")  # ⅓·2 + ⅔·7
 
@@ -257,6 +253,8 @@ def test_action_backup_by_hand(mode):
 γ forgotten: 5 10 15 | 7 4 15
 γ R, not R: 2.5 5 7.5 | 3.5 2 7.5
 R is missing: 2 4 6 | 4 2 5
+- γ V, not + γ V: -1 -2 -3 | -5 -2 0
+γ squared: 2 4 6 | 1 1 7.5
 γ on R, and not on V: 4.5 9 13.5 | 7.5 4 12.5
 value of this state, not of the next: 3 4 5 | 5 6 11
 policy not passed on: 5.5 29 52.5 | 26 4.5 43.25""") | {
@@ -279,6 +277,9 @@ gamma_token at an action's end: 2 2 4 2.5 6 | 1 1.25 1 1.75 7.5
 gamma forgotten at an action's end: 5 2 10 2.5 15 | 7 1.25 4 1.75 15
 γ R, not R: 2.5 2 5 2.5 7.5 | 3.5 1.25 2 1.75 7.5
 R is missing: 2 2 4 2.5 6 | 4 1.25 2 1.75 5
+γ γ_w inside the action: 3 1 6 1.25 9 | 3 .625 2 .875 10
+γ_w on R + γ V: .75 2 1.5 2.5 2.25 | .75 1.25 .5 1.75 2.5
+V of an action's begin inside it: 3 1 6 1 9 | 3 3 2 3 10
 V of the prefix before, not of the next: 3 1 6 2 9 | 3 3 2 1.25 10""", small_table))
 
 
@@ -437,6 +438,11 @@ gamma_token everywhere: .25 .25 .25 0 .25 .25
 bootstrapped across an episode's end: .25 .25 .5 .5 .25 .5
 `done` was read inside an action: 0 .25 .5 0 0 .5
 `done` is upside down: .25 .25 0 .5 .25 0
+γ a slot too late: .5 .25 .25 0 .5 .25
+γ a slot too early: .25 .5 .5 0 .5 .25
+0 inside the action, where γ_w belongs: 0 0 .5 0 0 .5
+0 at every end, and wherever `done` is: 0 .25 0 0 0 0
+γ_w after a finished episode: .25 .25 .5 .25 .25 .5
 0 after every action: .25 .25 0 0 .25 0
 a table of integers, as the masks may be, cannot hold γ: 0
 a table of truth values, as the masks may be, cannot hold γ: 1 1 1 0 1 1""")
@@ -466,6 +472,11 @@ lambda applied inside the action: 1.40625 1.625 1 0  # A₀ = 1 + ¼·A₁
 trace not discounted: 2.75 1.75 1 0
 only δ, no trace: 1 1.5 1 0
 γ (r + v') in δ, the reward is discounted: 1.125 .125 -3 -4  # δ = (1, ½·2+½·3-2, 1, 0-4)
+r of the token before: 4.375 -.625 -1 -4  # δ = (4+2-1, -½, 2+4-3, 0-4)
+r of the next token: 2.625 -.375 1 -4  # δ = (2+2-1, -½, 4+4-3, 0-4)
+the trace is subtracted: -.375 1.375 1 0
+from the front to the back: 7 1.375 .375 0  # A₀ = δ₀ = 0+1·8-1
+the last slot is left out: 3.125 2.125 5 0
 no r in δ: .125 -.875 -3 -4  # δ = (1, -½, 1, -4)
 no v' in δ: -1.375 -.375 -3 0  # δ = (-1, 0, -3, 0)
 v' is not discounted: 11.5625 10.5 9 8  # δ = (1, 3, 1, 8)
@@ -475,6 +486,7 @@ returns and advantages swapped: {RETURNS}""")
     near(returns, RETURNS, "returns are advantages + values", f"""
 a true zero counted as missing: 3.625 3.625 4 0
 no values: {ADVANTAGES}
+rewards are added, not values: 2.625 3.625 1 4
 values are subtracted, not added: 1.625 -.375 -2 -4""")
 
 
@@ -556,15 +568,17 @@ def test_gae_targets_are_constants():
 
 @WITH_ALL_MASKS
 def test_masked_mean_over_real_tokens(dtype):
-    x = t("1 0 nan | 8 inf -100").requires_grad_()
-    mean = masked_mean(x, t("1 1 0 | 1 0 0").to(dtype))
+    x = t("1 0 3 | 8 inf nan").requires_grad_()
+    mean = masked_mean(x, t("1 1 1 | 1 0 0").to(dtype))
     near(mean, 3, "not the mean over real tokens", """
-divided by all slots: 1.5  # (1 + 0 + 8) / 6
-a true zero counted as missing: 4.5
-sum instead of mean: 9
-mean of the rows' means: 4.25""")
+divided by all slots: 2  # (1 + 0 + 3 + 8) / 6
+divided by the number of rows: 6
+a true zero counted as missing: 4
+sum instead of mean: 12
+mean of the rows' means: 14/3
+median: 1""")
     backward(mean)
-    near(x.grad, "1/3 1/3 0 | 1/3 0 0", "padding leaked into the gradient")
+    near(x.grad, "1/4 1/4 1/4 | 1/4 0 0", "padding leaked into the gradient")
 
 
 @WITH_ALL_MASKS
@@ -574,6 +588,7 @@ def test_normalize_over_real_tokens(dtype):
     near(normalize(x, t("1 1 0 | 1 0 1").to(dtype)), right, "not (x - mean) / std of real tokens", {
         "population std expected, not the sample std": right * math.sqrt(3 / 4),
         "not divided by the std": 2 * right, "divided by the variance": right / 2,
+        "the std is not that of x - mean": right / math.sqrt(2),
         "the mean is not subtracted": t("0 0 0 | 2 0 2"),
         "masked entries are not 0": t("-1 -1 nan | 1 inf 1")}, tol=1e-6)
 
@@ -603,7 +618,8 @@ def test_ppo_policy_loss_by_hand(dtype):
 min and max swapped: -5.3/5  # 3 + 3.2 - 2.4 - 3 + 4.5
 the ratio is upside down: 3.52/4.5  # 4/3 + 4.8 - 1.6 - 12 + 32/9 = -3.52 / .9
 the sign is wrong: 1.1/5
-nothing is clipped: -3.5/5  # 3 + 2 - 3 - 3 + 4.5
+clipped to ±ε, not 1 ± ε: .8  # .4 + .8 - 3 - 3 + .8
+nothing is clipped, or not the product with A: -3.5/5  # 3 + 2 - 3 - 3 + 4.5
 the minimum is missing, always clipped: -2.9/5  # 2.4 + 3.2 - 2.4 - 4.8 + 4.5
 sum instead of mean: -1.1
 divided by all slots: -1.1/6""")
@@ -624,7 +640,8 @@ def test_ppo_policy_loss_info():
     log = math.log(81 / 128) / 5  # the mean log ratio; the ratios sum to 5⅛
     kl = .125 / 5 - log
     near(float(info["kl"]), kl, "kl is not the mean of ratio - 1 - log ratio", {
-        "-log ratio alone": -log, "no -1": kl + 1, "divided by all slots": kl * 5 / 6})
+        "-log ratio alone": -log, "log ratio": log, "no -1": kl + 1,
+        "divided by all slots": kl * 5 / 6})
     near(float(info["clip_fraction"]), 4 / 5, "four of five ratios lie outside 1 ± .2", """
 only one side of the clip: 2/5
 the share inside, not outside: 1/5
@@ -648,6 +665,7 @@ the ½ is missing: 5/3  # (1 + 4 + 0) / 3
 divided by all slots: 5/8
 sum instead of mean: 5/2
 not squared: 1/2
+v + R, not v - R: 13.5
 a true zero counted as missing: 5/4""")
     backward(loss)
     near(values.grad, "1/3 -2/3 | 0 0", "not (v - R) / n, and 0 on padding")
@@ -1959,6 +1977,7 @@ def read_source(path):
         return path.read_text("latin-1"), [f"line {before.count(10) + 1}: not UTF-8"]
 
 
+@cache
 def statements(source):
     """A file's statements, and notes: where Python cannot read all, each def and class alone."""
     starts = [match.start() for match in re.finditer(r"^(@.*\n)*(def|class) ", source, re.M)]
@@ -2099,6 +2118,7 @@ def seal(folder):
             del os.environ[word]
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["PYTHONBREAKPOINT"] = "0"  # breakpoint() does nothing
+    sys.dont_write_bytecode = True
     os.chdir(folder)
     sys.path[:] = [str(folder), *(x for x in sys.path if Path(x).resolve() != HERE)]
     for name in ("__main__", "poad", "test_poad"):  # they know the solutions
@@ -2192,6 +2212,7 @@ def mark(name, results):
     return round(EXERCISES[name] - lost, 2), lines
 
 
+@cache
 def plain(node):
     """A statement's text without comments, docstrings and what its strings say."""
     node = copy.deepcopy(node)
@@ -2208,21 +2229,19 @@ def edited(theirs):
 
 
 def remarks(name, theirs):
-    """What may explain red tests: other arguments, changed helpers."""
-    expected = definitions(text_of("poad.py"))[full(name)].args
-    node = theirs[full(name)]
-    if [x.arg for x in node.args.args] != [x.arg for x in expected.args]:
-        yield f"{name} takes ({ast.unparse(expected)}), yours takes ({ast.unparse(node.args)})"
-    used = {getattr(part, "id", "") for part in ast.walk(node)}
-    for helper in used.intersection(edited(theirs)):
-        yield f"it uses {helper}, which is not as it was given: here it is"
+    """What may explain red tests: other arguments."""
+    ours = definitions(text_of("poad.py"))[full(name)].args
+    args = theirs[full(name)].args
+    if [x.arg for x in args.args] != [x.arg for x in ours.args]:
+        return [f"{name} takes ({ast.unparse(ours)}), yours takes ({ast.unparse(args)})"]
+    return []
 
 
 UNNEEDED = re.compile(r"""(?xm)
     (?<![\w.])(?: open|exec|eval|compile|input|[gs]etattr|delattr|globals|locals|vars|dir|type )\b
     | \b(?: pytest|os|sys|io|gc|inspect|importlib|builtins|ctypes|subprocess|signal|socket|pickle
          |threading|multiprocessing|unittest|mock|poad|test_poad|Path|pathlib|shutil )\b(?:\.\w+)?
-    | \.?\b__\w+__\b | \._\w+ | \bdel\ .*\.\w+ | ^class\ \w+
+    | \.?\b__(?!future)\w+__\b | \._\w+ | \bdel\ .*\.\w+ | ^class\ \w+
     | \.\w*(?: hook|load|save|file|memmap|library|overrid|hub|package|pretrained )\w*
     | ^\ *(?: import|from )\ (?! torch|math|numpy|typing|functools|itertools|collections|copy|envs
         |dataclasses|operator|statistics|einops|__future__ )[\w.]+
@@ -2256,7 +2275,7 @@ def grade(path, as_json=False, names=EXERCISES):
     source, notes = read_source(path)
     notes += statements(source)[1]
     theirs = definitions(source)
-    for words, found in {"given, and changed: not used": edited(theirs),
+    for words, found in {"given, and changed, so not used": edited(theirs),
                          "no exercise needs, please look": unneeded(source)}.items():
         if found:
             notes.append(f"{words}: {', '.join(found)}")
@@ -2356,13 +2375,57 @@ def test_docstring_examples_are_true(module):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("blank .", "not empty"), ("grade nowhere", "no nowhere in ."), ("grade .figures", "no poad.py"),
+    ("blank .", "not empty"), ("grade nowhere --json", "no nowhere in ."),
     ("blank new --exercises gea", "--exercises gea"), ("mark poad.py", "mark")])
 def test_kit_refuses_in_one_line(line, words, capsys):
     with pytest.raises(SystemExit) as stop:
         course(line.split())
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    if "--json" in line:
+        assert json.loads(out)["score"] == 0 and words in out
+
+
+def test_kit_grade_takes_no_points_for_its_own_failure(monkeypatch, capsys):
+    """Here the solution that it compares with is wrong; students' work is not judged by that."""
+    broken = {name: text_of(name) for name in ("poad.py", "envs.py", "test_poad.py")}
+    broken["poad.py"] = broken["poad.py"].replace("] = gamma\n", "] = 2 * gamma\n")
+    monkeypatch.setitem(globals(), "text_of", broken.get)
+    with pytest.raises(SystemExit) as stop:
+        course(["grade", __file__.replace("test_", ""), "--json", "--exercises", "bad_discounts"])
+    result = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 2 and list(result) == ["output"]
+    assert "the grader itself" in result["output"] and "test_bad_discounts" in result["output"]
+
+
+def test_kit_grade_stops_what_waits(monkeypatch):
+    monkeypatch.setitem(globals(), "CPU_SECONDS", 1)
+    slow = "import time\ndef bad_discounts(*args):\n    time.sleep(1000)"
+    results = judge(slow, ["bad_discounts"])
+    assert "stopped after 2 seconds" in results[""]
+
+
+CHEATS = """
+def gae(*args): import pytest; pytest.xfail("gae: not written yet")
+def gae(*args): return getattr(torch, "load")("x")
+def gae(*args): return open(__file__)
+import __main__
+from pathlib import Path as P
+torch.isclose = lambda *args: True
+class Fake(torch.Tensor): pass
+def gae(*args): return args[0].__class__
+def gae(x): x.register_hook(print)
+if __name__ == "poad": import gc
+from torch import os
+from helpers import gae"""
+
+
+def test_kit_notes_what_no_exercise_needs():
+    for line in CHEATS.split("\n")[1:]:
+        assert unneeded(line), line
+    stubs = blank_code(text_of("poad.py"), EXERCISES).split(RUN)[0] + RUN_BLANK
+    for text in (text_of("poad.py"), stubs, "".join(SOLUTIONS)):
+        assert unneeded(text) == [], text
 
 
 def test_kit_blank_takes_out_bodies_and_nothing_else(tmp_path, capsys):
@@ -2395,7 +2458,7 @@ def same_shape(): 0
 def masked_mean(x, mask):
     while True: print(breakpoint())
 def normalize(x, mask): import pytest; pytest.exit("", returncode=0)
-def ppo_policy_loss(*args): import os; os._exit(0)
+def ppo_policy_loss(*args): import os; os.killpg(0, 9)
 def value_loss(*args): raise SystemExit
 import poad
 stolen = poad.menu_logp
@@ -2404,42 +2467,61 @@ assert 0
 from poad import assign
 """
 VERDICTS = """
-input() has nobody to ask (line 3)|function action_backup not found|line 4: '(' was never closed
+EOFError: EOF when reading a line (line 3)|function action_backup not found|line 4: '(' was never closed
 No module named 'nowhere'|line 6: not UTF-8|function action_policy not found|an endless loop?
 bad_discounts takes (action_end, done, gamma, gamma_token=1.0), yours takes (done, action_end
-uses same_shape, which is not as it was|Python ended here|no attribute 'menu_logp'|: SystemExit
+given, and changed, so not used: same_shape|Python ended here|no attribute 'menu_logp'|: SystemExit
 function assign not found"""
 
 
 def test_kit_grade_one_slip_costs_one_exercise(tmp_path):
-    """All these in one file, and nothing but bad_backup is right: it gets its point.
-
-    As a command, since where there is a GPU no fork of these tests may differentiate."""
+    """All these in one file, and nothing but bad_backup is right: it gets its point, whatever
+    reaches for the run. As a command: where there is a GPU no fork of this may differentiate."""
+    folder = tmp_path / "a [b]"
+    folder.mkdir()
+    for name in ("poad.py", "envs.py", "test_poad.py"):
+        (folder / name).write_text(text_of(name), "utf-8")
+    (folder / "conftest.py").write_text("raise SystemExit")
+    (folder / "pytest.ini").write_text("[pytest]\npython_functions = none")
     (tmp_path / "poad.py").write_text(SLIPS, "latin-1")
-    command = [sys.executable, __file__, "grade", tmp_path / "poad.py"]
-    done = subprocess.run(command, env=os.environ | {"CPU_SECONDS": "2", "PYTHONUTF8": "1"},
-                          capture_output=True, encoding="utf-8")
+    around = {"CPU_SECONDS": "5", "PYTHONUTF8": "1", "PYTHONOPTIMIZE": "1",
+              "PYTEST_ADDOPTS": "--collect-only", "PYTEST_PLUGINS": "nowhere"}
+    done = subprocess.run([sys.executable, "test_poad.py", "grade", tmp_path / "poad.py"],
+                          env=os.environ | around, cwd=folder, capture_output=True, encoding="utf-8")
     assert done.returncode == 1 and f" {EXERCISES['bad_backup']} of 40" in done.stdout
     for words in re.split(r"[|\n]", VERDICTS):
         assert words in done.stdout
 
 
 def test_kit_grade_takes_off_what_a_test_is_worth(tmp_path, capsys):
-    """A byte order mark, packages and helpers are welcome."""
-    path = tmp_path / "poad.py"
-    path.write_text("""
+    """Packages, helpers, types, other encodings and deeper folders are welcome."""
+    folder = tmp_path / "hw1"
+    folder.mkdir()
+    (folder / "help.py").write_text("import poad\n"
+        "def discounts(*args): return poad.torch.where(args[0] > 0, *args[2:])")
+    (folder / "poad.py").write_text("""
+from __future__ import annotations
+from typing import TYPE_CHECKING
 import numpy as np
-def mean_of(x):
+from help import discounts
+if TYPE_CHECKING:
+    from torch import Tensor
+def mean_of(x: Tensor):
     return np.mean(x.numpy())
 def normalize(x, mask):
     selected(mask, x=x)
     x = torch.where(mask.bool(), x - mean_of(x[mask.bool()]), 0)
     return x / masked_mean(x ** 2, mask).sqrt()
-""", "utf-8-sig")
-    points = grade(path, as_json=True, names=["normalize"])
-    [row] = json.loads(capsys.readouterr().out)["tests"]
-    assert (row["name"], row["score"], row["max_score"]) == ("normalize", points, 2)
-    assert 0 < points < 2 and "test_normalize_where_all_are_alike: 0 / 0: add" in row["output"]
+bad_discounts = lambda action_end, done, gamma, gamma_token=1.0: \\
+    torch.where(action_end.bool(), (1 - 1 * done) * gamma, gamma_token)
+""", "utf-16")
+    grade(tmp_path / "poad.py", as_json=True, names=["normalize", "bad_discounts"])
+    result = json.loads(capsys.readouterr().out)
+    row, other = result["tests"]
+    assert 0 < row["score"] < 2
+    assert "test_normalize_where_all_are_alike: 0 / 0: add" in row["output"]
+    assert 2 < other["score"] < 3 and "-0" in other["output"]  # it refuses nothing
+    assert "from help" in result["output"]
 
 
 SOLUTIONS = ["""
