@@ -2593,6 +2593,7 @@ state_values: q / temperature -> q
 state_values: torch.logsumexp(q / temperature, -1) -> (q / temperature).exp().sum(-1).log()
 state_values: temperature == 0 -> True
 state_values: same_shape(q=q, policy=policy) -> pass
+state_values: q.amax(-1) -> q.float().amax(-1)
 action_backup: + gamma * -> +
 action_backup: mdp.reward + -> 0 * mdp.reward +
 action_backup: policy, temperature) -> policy)
@@ -2609,6 +2610,7 @@ token_backup: q.masked_fill(~valid, -torch.inf) -> q
 token_backup: torch.full_like(q, -torch.inf) -> 0 * q
 token_backup: q = q.masked_fill(~valid, -torch.inf) -> new = q.clone()
 token_backup: check_table -> (max)
+token_backup: q = q.masked_fill(~valid -> q = q.masked_fill_(~valid
 bad_backup: 1.0 -> gamma
 bad_backup: policy, temperature) -> policy)
 bad_backup: 1.0, policy -> 1.0, None
@@ -2647,6 +2649,7 @@ normalize: + 1e-8 -> + 0
 normalize: 1e-8 -> 1e-5
 normalize: masked_mean(centred**2, mask).sqrt() -> centred[mask.bool()].std()
 normalize: [entries] = selected(mask, x=x) -> entries = x[mask.bool()]
+normalize: x = x - entries[0] -> x -= entries[0]
 ppo_policy_loss: torch.minimum -> torch.maximum
 ppo_policy_loss: logp - old_logp -> old_logp - logp
 ppo_policy_loss: return -objective -> return objective
@@ -2664,6 +2667,7 @@ value_loss: ) ** 2 -> ).abs()
 value_loss: values - returns -> values.detach() - returns
 value_loss: selected(mask, values=values, returns=returns) -> values * mask, returns * mask
 value_loss: selected(mask, -> (lambda m, **x: [y[m > 0] for y in x.values()])(mask,
+menu_logp: logits.masked_fill( -> logits.masked_fill_(
 menu_logp: ~allowed -> allowed
 menu_logp: .log_softmax(-1) -> .clone()
 menu_logp: .float() -> .clone()
