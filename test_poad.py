@@ -252,8 +252,8 @@ def test_state_values_soft_maximum():
 def test_action_backup_by_hand(mode):
     # V = (4, 12); state 0: 1 + ½·4, 2 + ½·(½·4 + ½·12), 3 + ½·12
     # state 1: -1 + ½·(½·4 + ½·12), 0 + ½·4, 5 + ½·(¼·4 + ¾·12)
-    q, kwargs = ACTION_TABLES[mode]
-    q = action_backup(q, small_mdp(), 0.5, **kwargs)
+    table, kwargs = ACTION_TABLES[mode]
+    q = action_backup(table, small_mdp(), 0.5, **kwargs)
     near(q, "3 6 9 | 3 2 10", f"not R + γ Σ P V ({mode}: V is 4 and 12)", results("""
 γ forgotten: 5 10 15 | 7 4 15
 γ R, not R: 2.5 5 7.5 | 3.5 2 7.5
@@ -264,6 +264,7 @@ R is missing: 2 4 6 | 4 2 5
 value of this state, not of the next: 3 4 5 | 5 6 11
 policy not passed on: 5.5 29 52.5 | 26 4.5 43.25""") | {
         "temperature not passed on": t("3 6 9 | 3 2 10") - SOFT / 2})
+    near(action_backup(table, small_mdp(), 0.0, **kwargs), "1 2 3 | -1 0 5", "γ = 0 leaves R")
 
 
 # γ = ½, γ_w = ¼; a: 1 + ½·4 | b: ¼·8 | b c: 2 + ½·(½·4 + ½·12) | b a: ¼·10 | b a c: 3 + ½·12
@@ -595,6 +596,8 @@ def test_normalize_over_real_tokens(dtype):
         "the std is not that of x - mean": right / math.sqrt(2),
         "the mean is not subtracted": t("0 0 0 | 2 0 2"),
         "masked entries are not 0": t("-1 -1 nan | 1 inf 1")}, tol=1e-6)
+    other = normalize(t("0 0 3"), torch.ones(1, 3))  # mean 1, variance (1 + 1 + 4) / 3
+    near(other, t("-1 -1 2") / math.sqrt(2), "not divided by the root of the variance", tol=1e-6)
 
 
 def test_normalize_where_all_are_alike():
@@ -2596,6 +2599,7 @@ state_values: same_shape(q=q, policy=policy) -> pass
 state_values: q.amax(-1) -> q.float().amax(-1)
 action_backup: + gamma * -> +
 action_backup: mdp.reward + -> 0 * mdp.reward +
+action_backup: + gamma -> + (1 - gamma)
 action_backup: policy, temperature) -> policy)
 action_backup: (q, policy, -> (q, None,
 action_backup: mdp.reward + gamma * mdp.transition @ v -> gamma * (mdp.reward + mdp.transition @ v)
@@ -2645,6 +2649,7 @@ masked_mean: [entries] = selected(mask, x=x) -> entries = x[mask.bool()]
 normalize: x - masked_mean(x, mask) -> x - x.mean()
 normalize: .sqrt() -> .abs()
 normalize: return centred -> return x
+normalize: masked_mean(centred**2, mask).sqrt() -> masked_mean(centred.abs(), mask)
 normalize: + 1e-8 -> + 0
 normalize: 1e-8 -> 1e-5
 normalize: masked_mean(centred**2, mask).sqrt() -> centred[mask.bool()].std()
