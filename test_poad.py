@@ -3,9 +3,9 @@ them; identities; independent oracles. Nothing is downloaded. The tests of a fun
 test_f_..., so that the red ones name the function that is wrong; messages name likely mistakes."""
 import argparse
 import ast
-import builtins
 import copy
 import doctest
+import importlib
 import json
 import math
 import multiprocessing
@@ -15,14 +15,21 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import tokenize
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
+
+if __name__ == "__main__" and sys.flags.optimize:  # it strips assertions, so begin without it
+    os.environ.pop("PYTHONOPTIMIZE", None)
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import numpy as np
 import pytest
@@ -47,7 +54,7 @@ NAN = math.nan
 ON_RANDOM_MDPS = pytest.mark.parametrize("seed", [0, 1, 2])
 IN_ALL_MODES = pytest.mark.parametrize("mode", ["greedy", "policy", "soft"])
 WITH_ALL_MASKS = pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.float64, torch.int64], ids=["bool", "float", "int"])
+    "dtype", [torch.float64, torch.bool, torch.int64], ids=["float", "bool", "int"])
 CPU_SECONDS = float(os.environ.get("CPU_SECONDS", 60))
 
 
@@ -66,14 +73,32 @@ def no_endless_loop():
 
 
 def t(x):
-    """A float64 tensor without gradient."""
+    """A float64 tensor without gradient; a text has rows, such as "1 2/3 | inf -4": (2, 2)."""
+    if isinstance(x, str):
+        rows = x.split("|")
+        x = []
+        for row in rows:
+            pairs = [word.partition("/") for word in row.split()]
+            x.append([float(above) / float(below or 1) for above, _, below in pairs])
     return torch.as_tensor(x, dtype=torch.float64).detach()
+
+
+def results(text, table=t):
+    """{mistake: its wrong result} from a text with lines "mistake: numbers  # why"."""
+    found = {}
+    for line in text.strip().splitlines():
+        words, numbers = line.split("  #")[0].rsplit(": ", 1)
+        found[words] = table(numbers)
+    return found
 
 
 def near(actual, expected, hint, mistakes={}, tol=1e-9):
     """Fail with `hint`, or with the name of the mistake whose wrong result this is."""
     __tracebackhide__ = True
     assert actual is not None, f"{hint}: nothing was returned"
+    assert not isinstance(actual, (tuple, dict, str)), (
+        f"{hint}: a {type(actual)} was returned, not a tensor")
+    dtype = getattr(actual, "dtype", float)
     actual = t(actual)
     expected = t(expected)
     assert actual.shape == expected.shape, (
@@ -82,10 +107,20 @@ def near(actual, expected, hint, mistakes={}, tol=1e-9):
     if not far.any():
         return
     if actual.isnan().any():
-        hint = f"{hint}; NaN: did padding or an invalid token leak? 0 · NaN is NaN, so select"
-    for words, wrong in mistakes.items():
-        if torch.allclose(actual, t(wrong).expand_as(actual), tol, tol, equal_nan=True):
+        hint = f"{hint}; NaN, from 0 · NaN, 0 · inf, 0 / 0 or inf - inf: select, do not multiply"
+    often = {f"rounded to {dtype}": expected.trunc(), "nothing but zeros": 0 * expected,
+             "the sign is wrong": -expected, "twice what it should be": 2 * expected,
+             "half of what it should be": expected / 2}
+    if isinstance(mistakes, str):
+        mistakes = results(mistakes)
+    for words, wrong in (often | mistakes).items():
+        wrong = t(wrong)
+        if wrong.numel() == 1:
+            wrong = wrong.reshape(())
+        if torch.allclose(actual, wrong.expand_as(actual), tol, tol, equal_nan=True):
             hint = words
+    if torch.allclose(actual, expected, 1e-5, 1e-5):
+        hint = f"{hint}; rounded: computed in {dtype}?"
     place = far.nonzero()[0].tolist()
     where = f" at {place}" * (place != [])
     pytest.fail(f"{hint}: {actual[far][0]:.6g}, expected {expected[far][0]:.6g}{where}\n"
@@ -99,13 +134,12 @@ def backward(x):
 
 def small_mdp():
     """Two states and the actions "a", "b c", "b a c"; prefixes ∅, b, b a."""
-    transition = [[[1, 0], [.5, .5], [0, 1]], [[.5, .5], [1, 0], [.25, .75]]]
-    actions = [(0,), (1, 2), (1, 0, 2)]
-    return TokenMDP(transition, [[1, 2, 3], [-1, 0, 5]], actions, ["a", "b", "c"])
+    transition = t("1 0 | .5 .5 | 0 1 | .5 .5 | 1 0 | .25 .75").view(2, 3, 2)
+    return TokenMDP(transition, t("1 2 3 | -1 0 5"), [(0,), (1, 2), (1, 0, 2)], "abc")
 
 
-def small_table(*rows, invalid=-INF):
-    """A token table of `small_mdp`; a row is a state, with entries at a | b | b c | b a | b a c."""
+def small_table(rows, invalid=-INF):
+    """A token table of `small_mdp`; a row is a state, with entries at a, b, b c, b a, b a c."""
     table = torch.full((2, 3, 3), invalid, dtype=torch.float64)
     table[:, [0, 0, 1, 1, 2], [0, 1, 2, 0, 2]] = t(rows)
     return table
@@ -113,11 +147,11 @@ def small_table(*rows, invalid=-INF):
 
 SOFT = 2 * math.log(2)  # τ log(exp((x - SOFT) / τ) + exp((x - SOFT) / τ)) = x at τ = 2
 ACTION_TABLES = {  # V is 4, 12
-    "greedy": ([[4, 2, 0], [-2, 12, 6]], {}),
-    "policy": ([[2, 6, 9], [16, 8, 99]], {"policy": t([[.5, .5, 0]] * 2)}),
-    "soft": ([[4 - SOFT, 4 - SOFT, -INF], [12 - SOFT, 12 - SOFT, -INF]], {"temperature": 2.0})}
+    "greedy": (t("4 2 0 | -2 12 6"), {}),
+    "policy": (t("2 6 9 | 16 8 99"), {"policy": t(".5 .5 0 | .5 .5 0")}),
+    "soft": (t("4 4 -inf | 12 12 -inf") - SOFT, {"temperature": 2.0})}
 # V(∅), V(b), V(b a) are 4, 8, 10 in state 0 and 12, 5, 7 in state 1
-Q_TOKEN = small_table((4, 2, 8, 6, 10), (-2, 12, 3, 5, 7))
+Q_TOKEN = small_table("4 2 8 6 10 | -2 12 3 5 7")
 
 
 def token_table(mdp, value):
@@ -186,23 +220,30 @@ def advantage(q, policy):
 
 
 def test_state_values_takes_the_maximum():
-    q = t([[[1, 3, -INF], [-4, -2, -INF]]])
-    near(state_values(q), [[3, -2]], "not the maximum over the last axis", {
-        "an invalid token counts as 0": [[3, 0]], "minimum instead of maximum": -INF})
+    near(state_values(t("1 10/3 -inf | -4 -2 -inf")), t("10/3 -2")[0], "not the maximum", {
+        "an invalid token counts as 0": t("10/3 0")[0], "minimum instead of maximum": -INF})
+    assert state_values(torch.ones(2)).dtype == torch.float32, "not in q's dtype"
 
 
 def test_state_values_averages_under_a_policy():
-    # ¼·2 + ¾·6 = 5, and 0 · (-inf) = 0
-    near(state_values(t([[[2, 6, -INF]]]), policy=t([[[.25, .75, 0]]])), [[5]], "not Σ π q", {
-        "policy ignored": 6, "all tokens alike": 4, "mean of π q, not the sum": 5 / 3})
+    # ¼·2 + ¾·7 = 5¾, and 0 · (-inf) = 0
+    q = t("2 7 -inf")
+    near(state_values(q, policy=t(".25 .75 0")), [5.75], "not Σ π q", """
+policy ignored: 7
+all tokens alike: 4.5
+mean of π q, not the sum: 5.75/3
+π only selects: 9
+normalised once more: 5.75/2""")
+    near(state_values(q, t("1/3 2/3 0")), [16 / 3], "not Σ π q")  # ⅓·2 + ⅔·7
 
 
 def test_state_values_soft_maximum():
     # τ = 2, q = (0, 2 log 3): 2 log(exp 0 + exp log 3) = 2 log 4
-    q = t([[[0, 2 * math.log(3), -INF]]])
-    near(state_values(q, temperature=2), [[2 * math.log(4)]], "not τ log Σ exp(q / τ)", {
+    q = t([0, 2 * math.log(3), -INF])
+    near(state_values(q, temperature=2), 2 * math.log(4), "not τ log Σ exp(q / τ)", {
         "temperature ignored": 2 * math.log(3), "no factor τ in front": math.log(4),
-        "q is not divided by τ": 2 * math.log(10), "softmax average": 1.5 * math.log(3)})
+        "q is not divided by τ": 2 * math.log(10), "softmax average": 1.5 * math.log(3),
+        "q is multiplied by τ": 2 * math.log(82), "mean, not sum, of exp": 2 * math.log(4 / 3)})
     large = state_values(t([1000, 1000]), temperature=0.01)
     near(large, 1000 + 0.01 * math.log(2), "exp overflows for large q / τ")
 
@@ -211,33 +252,48 @@ def test_state_values_soft_maximum():
 def test_action_backup_by_hand(mode):
     # V = (4, 12); state 0: 1 + ½·4, 2 + ½·(½·4 + ½·12), 3 + ½·12
     # state 1: -1 + ½·(½·4 + ½·12), 0 + ½·4, 5 + ½·(¼·4 + ¾·12)
-    q, kwargs = ACTION_TABLES[mode]
-    q = action_backup(t(q), small_mdp(), 0.5, **kwargs)
-    near(q, [[3, 6, 9], [3, 2, 10]], f"not R + γ Σ P V ({mode}: V is 4 and 12)", {
-        "γ forgotten": [[5, 10, 15], [7, 4, 15]], "γ R, not R": [[2.5, 5, 7.5], [3.5, 2, 7.5]],
-        "value of this state, not of the next": [[3, 4, 5], [5, 6, 11]],
-        "policy not passed on": [[5.5, 29, 52.5], [26, 4.5, 43.25]],
-        "temperature not passed on": t([[3, 6, 9], [3, 2, 10]]) - SOFT / 2})
+    table, kwargs = ACTION_TABLES[mode]
+    q = action_backup(table, small_mdp(), 0.5, **kwargs)
+    near(q, "3 6 9 | 3 2 10", f"not R + γ Σ P V ({mode}: V is 4 and 12)", results("""
+γ forgotten: 5 10 15 | 7 4 15
+γ R, not R: 2.5 5 7.5 | 3.5 2 7.5
+R is missing: 2 4 6 | 4 2 5
+- γ V, not + γ V: -1 -2 -3 | -5 -2 0
+γ squared: 2 4 6 | 1 1 7.5
+γ on R, and not on V: 4.5 9 13.5 | 7.5 4 12.5
+value of this state, not of the next: 3 4 5 | 5 6 11
+policy not passed on: 5.5 29 52.5 | 26 4.5 43.25""") | {
+        "temperature not passed on": t("3 6 9 | 3 2 10") - SOFT / 2})
+    near(action_backup(table, small_mdp(), 0.0, **kwargs), "1 2 3 | -1 0 5", "γ = 0 leaves R")
 
 
 # γ = ½, γ_w = ¼; a: 1 + ½·4 | b: ¼·8 | b c: 2 + ½·(½·4 + ½·12) | b a: ¼·10 | b a c: 3 + ½·12
 # state 1: -1 + ½·(½·4 + ½·12) | ¼·5 | 0 + ½·4 | ¼·7 | 5 + ½·(¼·4 + ¾·12)
-NAIVE = small_table((3, 2, 6, 2.5, 9), (3, 1.25, 2, 1.75, 10))
+NAIVE = small_table("3 2 6 2.5 9 | 3 1.25 2 1.75 10")
 
 
 def test_token_backup_by_hand():
     q = token_backup(Q_TOKEN, small_mdp(), 0.5, 0.25)
     near(q, NAIVE, "not the table of Eq. 9-10", {
-        "gamma inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10)),
-        "gamma and gamma_token swapped": small_table((2, 4, 4, 5, 6), (1, 2.5, 1, 3.5, 7.5)),
-        "invalid tokens must be -inf": NAIVE.clamp(min=0)})
+        "invalid tokens must be -inf": NAIVE.clamp(min=0)} | results("""
+gamma inside the action: 3 4 6 5 9 | 3 2.5 2 3.5 10
+gamma and gamma_token swapped: 2 4 4 5 6 | 1 2.5 1 3.5 7.5
+gamma_token forgotten: 3 8 6 10 9 | 3 5 2 7 10
+gamma_token at an action's end: 2 2 4 2.5 6 | 1 1.25 1 1.75 7.5
+gamma forgotten at an action's end: 5 2 10 2.5 15 | 7 1.25 4 1.75 15
+γ R, not R: 2.5 2 5 2.5 7.5 | 3.5 1.25 2 1.75 7.5
+R is missing: 2 2 4 2.5 6 | 4 1.25 2 1.75 5
+γ γ_w inside the action: 3 1 6 1.25 9 | 3 .625 2 .875 10
+γ_w on R + γ V: .75 2 1.5 2.5 2.25 | .75 1.25 .5 1.75 2.5
+V of an action's begin inside it: 3 1 6 1 9 | 3 3 2 3 10
+V of the prefix before, not of the next: 3 1 6 2 9 | 3 3 2 1.25 10""", small_table))
 
 
 @pytest.mark.parametrize("junk", [0, 99, NAN], ids=str)
 def test_token_backup_ignores_invalid_tokens(junk):
     """Their entries may hold anything, such as the zeros from which `solve` begins."""
-    low = small_table([-3] * 5, [-3] * 5, invalid=junk)  # V is -3, γ is 0
-    right = small_table((1, -3, 2, -3, 3), (-1, -3, 0, -3, 5))
+    low = small_table("-3 -3 -3 -3 -3 | -3 -3 -3 -3 -3", invalid=junk)  # V is -3, γ is 0
+    right = small_table("1 -3 2 -3 3 | -1 -3 0 -3 5")
     near(token_backup(low, small_mdp(), 0.0, 1.0), right, "an invalid token was read, or not -inf")
 
 
@@ -257,8 +313,8 @@ def test_token_backup_naive_solves_another_mdp(mode, seed):
 def test_bad_backup_by_hand():
     # as in token_backup, with V itself inside the action: b: 8 and 5 | b a: 10 and 7
     q = bad_backup(Q_TOKEN, small_mdp(), 0.5)
-    near(q, small_table((3, 8, 6, 10, 9), (3, 5, 2, 7, 10)), "not Eq. 13-14", {
-        "gamma inside the action": small_table((3, 4, 6, 5, 9), (3, 2.5, 2, 3.5, 10))})
+    near(q, small_table("3 8 6 10 9 | 3 5 2 7 10"), "not Eq. 13-14", {
+        "gamma inside the action": small_table("3 4 6 5 9 | 3 2.5 2 3.5 10")})
 
 
 @ON_RANDOM_MDPS
@@ -344,28 +400,30 @@ def test_solve_never_returns_what_has_not_converged(factor, shift):
         solve(lambda q: factor * q + shift, [1, -1], max_iters=500)
 
 
-TOKEN_POLICY = small_table((.25, .75, .5, .5, 1), (.5, .5, .25, .75, 1), invalid=0)
+TOKEN_POLICY = small_table(".25 .75 .5 .5 1 | .5 .5 .25 .75 1", invalid=0)
 
 
 def test_action_policy_by_hand():
     # ¼, ¾·½, ¾·½·1; ½, ½·¼, ½·¾·1
-    policy = action_policy(TOKEN_POLICY, small_mdp())
-    near(policy, [[.25, .375, .375], [.5, .125, .375]], "not the chain rule", {
-        "only the last token": [[.25, .5, 1], [.5, .25, 1]],
-        "sum instead of product": [[.25, 1.25, 2.25], [.5, .75, 2.25]]})
+    near(action_policy(TOKEN_POLICY, small_mdp()), ".25 .375 .375 | .5 .125 .375",
+         "not the chain rule", """
+only the first token: .25 .75 .75 | .5 .5 .5
+only the last token: .25 .5 1 | .5 .25 1
+without the last token: 1 .75 .375 | 1 .5 .375
+sum instead of product: .25 1.25 2.25 | .5 .75 2.25""")
 
 
 def test_action_policy_is_not_rounded():
-    small = small_table((1e-12, 1 / 3, .5, 1e-12, 1), (0, 1, 0, 1, 1), invalid=0)
-    right = t([[1e-12, 1 / 6, 1e-12 / 3], [0, 0, 1]])
-    near(action_policy(small, small_mdp()) * 1e12, right * 1e12, "clamped, or in float32")
+    small = small_table("1e-12 1/3 .5 1e-12 1 | 0 1 0 1 1", invalid=0)
+    right = t("1 1e12/6 1/3 | 0 0 1e12")
+    near(action_policy(small, small_mdp()) * 1e12, right, "clamped, or in float32")
 
 
 def test_action_policy_lets_the_gradient_through():
     """The derivative of a product by one factor is the product of the others: ¾ · ½ · 1."""
     token_policy = TOKEN_POLICY.clone().requires_grad_()
     backward(action_policy(token_policy, small_mdp())[0, 2])
-    right = small_table((0, .5, 0, .75, .375), [0] * 5, invalid=0)
+    right = small_table("0 .5 0 .75 .375 | 0 0 0 0 0", invalid=0)
     near(token_policy.grad, right, "not the derivative of the product")
 
 
@@ -376,20 +434,32 @@ def test_action_policy_lets_the_gradient_through():
 def test_bad_discounts_by_hand(dtype):
     """γ_w inside an action, γ after its last token, 0 after that of a finished episode."""
     # three tokens | one token, episode over | two tokens; `done` inside an action says nothing
-    end = torch.tensor([[0, 0, 1, 1, 0, 1]]).to(dtype)
-    done = torch.tensor([[1, 0, 0, 1, 1, 0]]).to(dtype)
-    near(bad_discounts(end, done, 0.5, 0.25), [[.25, .25, .5, 0, .25, .5]], "not γ_w, γ or 0", {
-        "gamma was applied inside the action": [[.5, .5, .5, 0, .5, .5]],
-        "bootstrapped across an episode's end": [[.25, .25, .5, .5, .25, .5]],
-        "`done` was read inside an action": [[0, .25, .5, 0, 0, .5]],
-        "`done` is upside down": [[.25, .25, 0, .5, .25, 0]]})
-    near(bad_discounts(end, done, 0.5), [[1, 1, .5, 0, 1, .5]], "gamma_token is 1 unless told")
+    end = t("0 0 1 1 0 1").to(dtype)
+    done = t("1 0 0 1 1 0").to(dtype)
+    near(bad_discounts(end, done, 0.5, 0.25), ".25 .25 .5 0 .25 .5", "not γ_w, γ or 0", """
+gamma was applied inside the action: .5 .5 .5 0 .5 .5
+gamma and gamma_token exchanged: .5 .5 .25 0 .5 .25
+gamma_token everywhere: .25 .25 .25 0 .25 .25
+γ γ_w after the last token: .25 .25 .125 0 .25 .125
+bootstrapped across an episode's end: .25 .25 .5 .5 .25 .5
+`done` was read inside an action: 0 .25 .5 0 0 .5
+`done` is upside down: .25 .25 0 .5 .25 0
+γ a slot too late: .5 .25 .25 0 .5 .25
+γ a slot too early: .25 .5 .5 0 .5 .25
+0 inside the action, where γ_w belongs: 0 0 .5 0 0 .5
+0 at every end, and wherever `done` is: 0 .25 0 0 0 0
+γ_w after a finished episode: .25 .25 .5 .25 .25 .5
+0 after every action: .25 .25 0 0 .25 0
+a table of integers, as the masks may be, cannot hold γ: 0
+a table of truth values, as the masks may be, cannot hold γ: 1 1 1 0 1 1""")
+    near(bad_discounts(end, done, 0.5), "1 1 .5 0 1 .5", "gamma_token is 1 unless told", """
+a table of integers, as the masks may be, cannot hold γ: 1 1 0 0 1 0""")
 
 
 # two actions of two tokens; γ = ½ between them, the episode ends after the second; λ = ¼ at ends
-STREAM = t([[[0, 2, 0, 4]], [[1, 2, 3, 4]], [[1, .5, 1, 0]], [[1, .25, 1, .25]]])  # r, v, γ, λ
-ADVANTAGES = [2.625, 1.625, 1, 0]
-RETURNS = [3.625, 3.625, 4, 4]
+STREAM = t("0 2 0 4 | 1 2 3 4 | 1 .5 1 0 | 1 .25 1 .25")[:, None]  # r, v, γ, λ: (4, B, N)
+ADVANTAGES = "2.625 1.625 1 0"
+RETURNS = "3.625 3.625 4 4"
 
 
 def test_gae_by_hand():
@@ -397,49 +467,65 @@ def test_gae_by_hand():
     # δ = (0+2-1, 2+½·3-2, 0+4-3, 4+0-4) = (1, 1½, 1, 0)
     # A₃ = 0, A₂ = 1 + 0, A₁ = 1½ + ½·¼·1, A₀ = 1 + A₁
     advantages, returns = gae(*STREAM, torch.ones(1, 4), t([8]))
-    near(advantages, [ADVANTAGES], "not the GAE recurrence", {
-        "bootstrapped across an episode's end": [[3.125, 2.125, 5, 4]],  # A₃ = 4 + ½·8 - 4
-        "lambda forgotten at the action's end": [[3, 2, 1, 0]],  # A₁ = 1½ + ½·1
-        "lambda applied inside the action": [[1.40625, 1.625, 1, 0]],  # A₀ = 1 + ¼·A₁
-        "λ of the next token": [[1.5, 2, 1, 0]],  # A₁ = 1½ + ½·1·1, A₀ = 1 + ¼·2
-        "γ of the next token": [[1.125, 2.25, -3, 0]],  # δ = (0+½·2-1, 2+3-2, 0+0-3, 4-4)
-        "γ of the token before": [[4.75, 3.75, 3, 8]],  # δ = (1, 2+3-2, ½·4-3, 8+4-4)
-        "trace not discounted": [[2.75, 1.75, 1, 0]], "only δ, no trace": [[1, 1.5, 1, 0]],
-        "returns and advantages swapped": [RETURNS]})
-    near(returns, [RETURNS], "returns are advantages + values", {
-        "a true zero counted as missing": [[3.625, 3.625, 4, 0]], "no values": [ADVANTAGES]})
+    near(advantages, ADVANTAGES, "not the GAE recurrence", f"""
+bootstrapped across an episode's end: 3.125 2.125 5 4  # A₃ = 4 + ½·8 - 4
+lambda forgotten at the action's end: 3 2 1 0  # A₁ = 1½ + ½·1
+lambda applied inside the action: 1.40625 1.625 1 0  # A₀ = 1 + ¼·A₁
+λ of the next token: 1.5 2 1 0  # A₁ = 1½ + ½·1·1, A₀ = 1 + ¼·2
+γ of the next token: 1.125 2.25 -3 0  # δ = (0+½·2-1, 2+3-2, 0+0-3, 4-4)
+γ of the token before: 4.75 3.75 3 8  # δ = (1, 2+3-2, ½·4-3, 8+4-4)
+γ and λ exchanged: 2.125 1.125 3 2  # δ = (1, 2+¼·3-2, 1, 4+¼·8-4)
+trace not discounted: 2.75 1.75 1 0
+only δ, no trace: 1 1.5 1 0
+γ (r + v') in δ, the reward is discounted: 1.125 .125 -3 -4  # δ = (1, ½·2+½·3-2, 1, 0-4)
+r of the token before: 4.375 -.625 -1 -4  # δ = (4+2-1, -½, 2+4-3, 0-4)
+r of the next token: 2.625 -.375 1 -4  # δ = (2+2-1, -½, 4+4-3, 0-4)
+the trace is subtracted: -.375 1.375 1 0
+from the front to the back: 7 1.375 .375 0  # A₀ = δ₀ = 0+1·8-1
+the last slot is left out: 3.125 2.125 5 0
+no r in δ: .125 -.875 -3 -4  # δ = (1, -½, 1, -4)
+no v' in δ: -1.375 -.375 -3 0  # δ = (-1, 0, -3, 0)
+v' is not discounted: 11.5625 10.5 9 8  # δ = (1, 3, 1, 8)
+v is not subtracted: 6.5 4.5 8 4  # δ = (2, 3½, 4, 4)
+v is added: 10.375 7.375 15 8  # δ = (3, 5½, 7, 8)
+returns and advantages swapped: {RETURNS}""")
+    near(returns, RETURNS, "returns are advantages + values", f"""
+a true zero counted as missing: 3.625 3.625 4 0
+no values: {ADVANTAGES}
+rewards are added, not values: 2.625 3.625 1 4
+values are subtracted, not added: 1.625 -.375 -2 -4""")
 
 
 def test_gae_gives_lambda_returns():
     """G_n = r_n + γ_n ((1 - λ_n) v_{n+1} + λ_n G_{n+1}), with any numbers."""
     noise = torch.Generator().manual_seed(0)
     r, v, gamma, lambdas = torch.rand(4, 3, 9, generator=noise, dtype=torch.float64)
-    last = t([[3], [-2], [1]])
+    last = t("3 | -2 | 1")
     for lam in (lambdas, 0.5, 0, 1):
-        advantages, g = gae(r, v, gamma, lam, torch.ones(3, 9), last[:, 0])
+        _, g = gae(r, v, gamma, lam, torch.ones(3, 9), last[:, 0])
         next_v = torch.cat([v[:, 1:], last], 1)
         next_g = torch.cat([g[:, 1:], last], 1)
         near(g, r + gamma * ((1 - lam) * next_v + lam * next_g), "not the λ-returns")
-        near(advantages, g - v, "returns are advantages + values")
 
 
 def test_gae_bootstraps_after_the_last_written_token():
     """`last_values` follows the row's last written token, weighed by that token's discount."""
     # r = (0, 2), v = (1, 2), γ = (1, ½): A₁ = 2 + ½·6 - 2 = 3, A₀ = 0 + 2 - 1 + 3 = 4
-    row = t([[[0, 2, 0]], [[1, 2, 7]], [[1, .5, .5]]])
-    advantages, _ = gae(*row, 1.0, torch.tensor([[1, 1, 0]]), t([6]))
-    near(advantages, [[4, 3, 0]], "wrong bootstrap", {
-        "last_values ignored, or the next slot read, not the next written token": [[1, 0, 0]],
-        "a masked value was used": [[4.5, 3.5, 0]], "undiscounted": [[7, 6, 0]]})
+    row = t("0 2 0 | 1 2 7 | 1 .5 .5")[:, None]
+    advantages, _ = gae(*row, 1.0, t("1 1 0"), t([6]))
+    near(advantages, "4 3 0", "wrong bootstrap", """
+last_values ignored, or the next slot read, not the next written token: 1 0 0
+a masked value was used: 4.5 3.5 0
+undiscounted: 7 6 0""")
 
 
 def test_gae_time_limit_enters_as_a_reward():
     """As r + γ V(o_next) with discount 0: A₁ = (2 + ½·6) - 2 = 3, A₀ = 0 + 2 - 1 + ½·3."""
-    cut = t([[[0, 2 + .5 * 6, 7]], [[1, 2, -7]], [[1, 0, 1]]])  # then comes another episode
+    cut = t("0 5 7 | 1 2 -7 | 1 0 1")[:, None]  # then comes another episode
     advantages, _ = gae(*cut, 0.5, torch.ones(1, 3), t([9]))
-    near(advantages[:, :2], [[2.5, 3]], "not r + γ V(o_next), with discount 0", {
-        "the next episode leaked: the trace goes on": [[8.25, 14.5]],  # A₂ = 7 + 9 + 7 = 23
-        "the next episode leaked: its value is used": [[-1, -4]]})  # δ₁ = 5 - 7 - 2
+    near(advantages[:, :2], "2.5 3", "not r + γ V(o_next), with discount 0", """
+the next episode leaked, the trace goes on: 8.25 14.5  # A₂ = 7 + 9 + 7 = 23
+the next episode leaked, its value is used: -1 -4  # δ₁ = 5 - 7 - 2""")
 
 
 @WITH_ALL_MASKS
@@ -452,16 +538,16 @@ def test_gae_cuts_gaps_out(junk, dtype):
     stream = torch.full((4, 2, 9), junk, dtype=torch.float64)
     stream[:, 0, where] = STREAM[:, 0]
     both = torch.stack(gae(*stream, mask.to(dtype), t([8, 3])))  # (2, B, N)
-    near(both[:, 0, where], [ADVANTAGES, RETURNS], "padding leaked, or a gap is not cut out")
+    near(both[:, 0, where], f"{ADVANTAGES} | {RETURNS}", "padding leaked, or a gap is not cut out")
     near(both[:, mask == 0], [[0] * 14] * 2, "masked slots must be zero")
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
 def test_gae_first_token_has_the_action_level_advantage(lam):
     """Identity 6: with γ_w = λ_w = 1, whatever the tokenisation: here of 3, 1 and 2 tokens."""
-    rewards = t([[0, 0, 1, -2, 0, 3]])
-    values = t([[.5, 7, -4, 1, -1, 5]])  # anything inside an action
-    end = t([[0, 0, 1, 1, 0, 1]])
+    rewards = t("0 0 1 -2 0 3")
+    values = t(".5 7 -4 1 -1 5")  # anything inside an action
+    end = t("0 0 1 1 0 1")
     first = [0, 3, 4]
     last = [2, 3, 5]
     mask = torch.ones(1, 6)
@@ -472,12 +558,11 @@ def test_gae_first_token_has_the_action_level_advantage(lam):
 
 
 def test_gae_targets_are_constants():
-    """No gradient, the dtype of the values, and untouched inputs."""
+    """No gradient, and the dtype of the values."""
     given = STREAM.float().requires_grad_()
-    for x in gae(*given, torch.tensor([[1, 1, 1, 0]]), torch.ones(1)):
+    for x in gae(*given, t("1 1 1 0"), torch.ones(1)):
         assert not x.requires_grad, "the critic would be trained through its own target: detach"
         assert x.dtype == torch.float32, f"values are float32, but {x.dtype} came out"
-    near(given, STREAM, "an input was changed in place")
     row = torch.ones(1, 2)                              # the values decide, not what goes with them
     for x in gae(row, row, row.double(), 1.0, row, torch.ones(1)):
         assert x.dtype == torch.float32, f"values are float32, but {x.dtype} came out"
@@ -488,37 +573,47 @@ def test_gae_targets_are_constants():
 
 @WITH_ALL_MASKS
 def test_masked_mean_over_real_tokens(dtype):
-    x = t([[1, 0, NAN], [8, INF, -100]]).requires_grad_()
-    mean = masked_mean(x, torch.tensor([[1, 1, 0], [1, 0, 0]]).to(dtype))
-    near(mean, 3, "not the mean over real tokens", {  # (1 + 0 + 8) / 3
-        "divided by all slots": 1.5, "a true zero counted as missing": 4.5,
-        "sum instead of mean": 9, "mean of the rows' means": 4.25})
+    x = t("1 0 3 | 8 inf nan").requires_grad_()
+    mean = masked_mean(x, t("1 1 1 | 1 0 0").to(dtype))
+    near(mean, 3, "not the mean over real tokens", """
+divided by all slots: 2  # (1 + 0 + 3 + 8) / 6
+divided by the number of rows: 6
+a true zero counted as missing: 4
+sum instead of mean: 12
+mean of the rows' means: 14/3
+median: 1""")
     backward(mean)
-    near(x.grad, [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]], "padding leaked into the gradient")
+    near(x.grad, "1/4 1/4 1/4 | 1/4 0 0", "padding leaked into the gradient")
 
 
 @WITH_ALL_MASKS
 def test_normalize_over_real_tokens(dtype):
-    x = t([[0, 0, NAN], [4, INF, 4]])  # mean 2, population std 2
-    mask = torch.tensor([[1, 1, 0], [1, 0, 1]]).to(dtype)
-    right = t([[-1, -1, 0], [1, 0, 1]])
-    near(normalize(x, mask), right, "not (x - mean) / std over the real tokens", {
+    x = t("0 0 nan | 4 inf 4")  # mean 2, population std 2
+    right = t("-1 -1 0 | 1 0 1")
+    near(normalize(x, t("1 1 0 | 1 0 1").to(dtype)), right, "not (x - mean) / std of real tokens", {
         "population std expected, not the sample std": right * math.sqrt(3 / 4),
-        "not divided by the std": 2 * right, "divided by the variance": right / 2}, tol=1e-6)
+        "not divided by the std": 2 * right, "divided by the variance": right / 2,
+        "the std is not that of x - mean": right / math.sqrt(2),
+        "the mean is not subtracted": t("0 0 0 | 2 0 2"),
+        "masked entries are not 0": t("-1 -1 nan | 1 inf 1")}, tol=1e-6)
+    other = normalize(t("0 0 3"), torch.ones(1, 3))  # mean 1, variance (1 + 1 + 4) / 3
+    near(other, t("-1 -1 2") / math.sqrt(2), "not divided by the root of the variance", tol=1e-6)
 
 
 def test_normalize_where_all_are_alike():
-    near(normalize(t([[5, 5]]), torch.ones(1, 2)), [[0, 0]], "equal entries must give zeros", {
+    near(normalize(t("5 5"), torch.ones(1, 2)), "0 0", "equal entries must give zeros", {
         "0 / 0: add 1e-8 to the std": NAN})
-    small = normalize(t([[-1e-8, 1e-8]]), torch.ones(1, 2))
-    near(small, [[-.5, .5]], "1e-8 is added to the std", tol=1e-6)
+    small = normalize(t("-1e-8 1e-8"), torch.ones(1, 2))
+    near(small, "-.5 .5", "1e-8 is added to the std", """
+1e-8 is added to the variance: -1e-4 1e-4
+the std is at least 1e-8, nothing is added: -1 1""", tol=1e-6)
 
 
 def ppo_example(dtype=torch.bool):
     """Log-probs, old log-probs, advantages and mask of five real tokens and one of padding."""
-    ratio = t([[1.5, .5, 1.5], [.5, 1.125, NAN]])
+    ratio = t("1.5 .5 1.5 | .5 1.125 nan")
     logp = ratio.log() - 1
-    advantages = t([[2, 4, -2], [-6, 4, NAN]])
+    advantages = t("2 4 -2 | -6 4 nan")
     return logp.requires_grad_(), 0 * ratio - 1, advantages, (ratio > 0).to(dtype)
 
 
@@ -526,12 +621,15 @@ def ppo_example(dtype=torch.bool):
 def test_ppo_policy_loss_by_hand(dtype):
     loss, _ = ppo_policy_loss(*ppo_example(dtype))
     # min(3, 2.4) + min(2, 3.2) + min(-3, -2.4) + min(-3, -4.8) + 4.5 = 1.1
-    near(loss, -1.1 / 5, "not PPO's clipped objective", {
-        "min and max swapped": -5.3 / 5,  # 3 + 3.2 - 2.4 - 3 + 4.5
-        "the ratio is upside down": 3.52 / 4.5,  # 4/3 + 4.8 - 1.6 - 12 + 32/9 = -3.52 / .9
-        "the sign is wrong": 1.1 / 5, "nothing is clipped": -3.5 / 5,  # 3 + 2 - 3 - 3 + 4.5
-        "the minimum is missing: always clipped": -2.9 / 5,  # 2.4 + 3.2 - 2.4 - 4.8 + 4.5
-        "sum instead of mean": -1.1, "divided by all slots": -1.1 / 6})
+    near(loss, -1.1 / 5, "not PPO's clipped objective", """
+min and max swapped: -5.3/5  # 3 + 3.2 - 2.4 - 3 + 4.5
+the ratio is upside down: 3.52/4.5  # 4/3 + 4.8 - 1.6 - 12 + 32/9 = -3.52 / .9
+the sign is wrong: 1.1/5
+clipped to ±ε, not 1 ± ε: .8  # .4 + .8 - 3 - 3 + .8
+nothing is clipped, or not the product with A: -3.5/5  # 3 + 2 - 3 - 3 + 4.5
+the minimum is missing, always clipped: -2.9/5  # 2.4 + 3.2 - 2.4 - 4.8 + 4.5
+sum instead of mean: -1.1
+divided by all slots: -1.1/6""")
 
 
 def test_ppo_policy_loss_gradient():
@@ -539,9 +637,9 @@ def test_ppo_policy_loss_gradient():
     logp, *rest = ppo_example()
     backward(ppo_policy_loss(logp, *rest)[0])
     # clipped | -½·4 | 1½·2 | clipped | inside: -1⅛·4 | padding
-    near(logp.grad, [[0, -2 / 5, 3 / 5], [0, -4.5 / 5, 0]], "the gradient is not -ratio · A / n", {
-        "the clip does not stop the gradient": [[-3 / 5, -2 / 5, 3 / 5], [3 / 5, -4.5 / 5, 0]],
-        "the clip also stops tokens on their way back": [[0, 0, 0], [0, -4.5 / 5, 0]]})
+    near(logp.grad, "0 -2/5 3/5 | 0 -4.5/5 0", "the gradient is not -ratio · A / n", """
+the clip does not stop the gradient: -3/5 -2/5 3/5 | 3/5 -4.5/5 0
+the clip also stops tokens on their way back: 0 0 0 | 0 -4.5/5 0""")
 
 
 def test_ppo_policy_loss_info():
@@ -549,53 +647,74 @@ def test_ppo_policy_loss_info():
     log = math.log(81 / 128) / 5  # the mean log ratio; the ratios sum to 5⅛
     kl = .125 / 5 - log
     near(float(info["kl"]), kl, "kl is not the mean of ratio - 1 - log ratio", {
-        "-log ratio alone": -log, "no -1": kl + 1, "divided by all slots": kl * 5 / 6})
-    near(float(info["clip_fraction"]), 4 / 5, "four of five ratios lie outside 1 ± .2", {
-        "only one side of the clip": 2 / 5, "divided by all slots": 4 / 6}, tol=1e-6)
+        "-log ratio alone": -log, "log ratio": log, "no -1": kl + 1,
+        "divided by all slots": kl * 5 / 6})
+    near(float(info["clip_fraction"]), 4 / 5, "four of five ratios lie outside 1 ± .2", """
+only one side of the clip: 2/5
+the share inside, not outside: 1/5
+divided by all slots: 4/6""", tol=1e-6)
     for name, x in info.items():
         assert torch.is_tensor(x) and not x.requires_grad, f"{name} must be a detached tensor"
 
 
 def test_ppo_policy_loss_clip_range():
     loss, info = ppo_policy_loss(*ppo_example(), clip=0.6)
-    near(loss, -3.5 / 5, "nothing lies outside 1 ± .6", {"clip is ignored": -1.1 / 5})
-    near(float(info["clip_fraction"]), 0, "nothing lies outside 1 ± .6", {"clip is ignored": .8})
+    near(loss, -3.5 / 5, "nothing lies outside 1 ± .6", "clip is ignored: -1.1/5")
+    near(float(info["clip_fraction"]), 0, "nothing lies outside 1 ± .6", "clip is ignored: .8")
 
 
 @WITH_ALL_MASKS
 def test_value_loss_is_half_the_squared_error(dtype):
-    values = t([[1, 3], [2, NAN]]).requires_grad_()
-    mask = torch.tensor([[1, 1], [1, 0]]).to(dtype)
-    loss = value_loss(values, t([[0, 5], [2, NAN]]), mask)
-    near(loss, 5 / 6, "not the mean of ½ (v - R)²", {  # ½ (1 + 4 + 0) / 3
-        "the ½ is missing": 5 / 3, "divided by all slots": 5 / 8, "sum instead of mean": 5 / 2,
-        "not squared": 1 / 2, "a true zero counted as missing": 5 / 4})
+    values = t("1 3 | 2 nan").requires_grad_()
+    loss = value_loss(values, t("0 5 | 2 nan"), t("1 1 | 1 0").to(dtype))
+    near(loss, 5 / 6, "not the mean of ½ (v - R)²", """
+the ½ is missing: 5/3  # (1 + 4 + 0) / 3
+divided by all slots: 5/8
+sum instead of mean: 5/2
+not squared: 1/2
+v + R, not v - R: 13.5
+a true zero counted as missing: 5/4""")
     backward(loss)
-    near(values.grad, [[1 / 3, -2 / 3], [0, 0]], "not (v - R) / n, and 0 on padding")
+    near(values.grad, "1/3 -2/3 | 0 0", "not (v - R) / n, and 0 on padding")
 
 
-def misused(count, *rest):
-    """Arguments of which one of `count` has another shape, which would broadcast."""
-    for i in range(count):
-        args = list(torch.ones(count, 2, 3))
-        args[i] = args[i][:, :1]
-        yield *args, *rest
+GRID = t("1 2 3 | 4 5 6")
+HOLES = t("1 1 0 | 1 0 1")
+TABLE = small_table("1 1 1 1 1 | 2 2 2 2 2", invalid=3)
+USE = {  # function: arguments like any others
+    "state_values": (GRID, GRID), "action_backup": (GRID, small_mdp(), .5),
+    "token_backup": (TABLE, small_mdp(), .5, 1.0), "bad_backup": (TABLE, small_mdp(), .5),
+    "action_policy": (TABLE, small_mdp()), "bad_discounts": (HOLES, HOLES, .5),
+    "gae": (GRID, GRID, GRID, GRID, HOLES, GRID[:, 0]), "masked_mean": (GRID, HOLES),
+    "normalize": (GRID, HOLES), "ppo_policy_loss": (GRID, GRID, GRID, HOLES),
+    "value_loss": (GRID, GRID, HOLES), "menu_logp": (GRID.float(), HOLES)}
+REFUSING = sorted(set(USE) - {"menu_logp"})
 
 
-ONES = torch.ones(2, 4, 3)
-MISUSE = {  # function: arguments that it must refuse
-    "state_values": [(ONES, ONES[..., :1]), (ONES, ONES, 1.0)],  # policy and temperature
-    "action_backup": [(ONES[..., 0], small_mdp(), 0.5)],  # it has 3 actions and 3 prefixes
-    "token_backup": [(ONES, small_mdp(), 0.5, 1.0)], "action_policy": [(ONES, small_mdp())],
-    "bad_discounts": misused(2, 0.5), "gae": misused(5, torch.ones(2)),
-    "masked_mean": [*misused(2), torch.zeros(2, 1)], "normalize": [*misused(2), torch.zeros(2, 1)],
-    "ppo_policy_loss": [*misused(4), torch.zeros(4, 1)],  # a mask of nothing
-    "value_loss": [*misused(3), torch.zeros(3, 1)]}
+@pytest.mark.parametrize("name", USE)
+def test_keeps_its_inputs(name):
+    args = copy.deepcopy(USE[name])
+    getattr(poad, name)(*args)
+    for x, before in zip(args, USE[name]):
+        if torch.is_tensor(x):
+            assert torch.equal(x, before), f"{name} changes an argument in place: copy it first"
 
 
-@pytest.mark.parametrize("name", MISUSE)
+def misuses(name):
+    """One argument at a time of another shape, which would broadcast; and what has no meaning."""
+    args = USE[name]
+    for i, x in enumerate(args):
+        if torch.is_tensor(x) and x.dim() > 1:
+            yield *args[:i], x[:, :1], *args[i + 1:]
+    if name == "state_values":
+        yield *args, 1.0  # a policy and a temperature
+    if name in ("masked_mean", "normalize", "ppo_policy_loss", "value_loss"):
+        yield *args[:-1], 0 * args[-1]  # a mask of nothing
+
+
+@pytest.mark.parametrize("name", REFUSING)
 def test_refuses_shapes(name):
-    for args in MISUSE[name]:
+    for args in misuses(name):
         shapes = [tuple(x.shape) for x in args if torch.is_tensor(x)]
         try:
             getattr(poad, name)(*args)
@@ -1752,13 +1871,13 @@ def test_menu_logp_is_not_rounded():
 def test_assign_takes_rows_and_trust():
     """One player's two actions of two tokens; trust ¾ is λ_w = ¼. The δ are those of STREAM."""
     # A₃ = 0, A₂ = 1 + ¼·0, A₁ = 1½ + ½·1, A₀ = 1 + ¼·2
-    values = t([[1, 2], [3, 4]])
+    values = t("1 2 | 3 4")
     config = Config(gamma=.5, lam=1.0)
     outcome = t([2, 4]), t([0, 1]), t([9])  # rewards and done as (B·T,)
     advantages, _ = assign(config, torch.ones(2, 2), values, *outcome, trust=.75)
-    near(advantages, [[1.5, 2], [1, 0]], "λ_w is 1 - trust", {
-        "trust ignored": [[3, 2], [1, 0]],
-        "returns and advantages swapped": [[2.5, 4], [4, 4]]})
+    near(advantages, "1.5 2 | 1 0", "λ_w is 1 - trust", """
+trust ignored: 3 2 | 1 0
+returns and advantages swapped: 2.5 4 | 4 4""")
 
 
 # ------------------------------------------------------------------ course kit
@@ -1766,7 +1885,7 @@ def test_assign_takes_rows_and_trust():
 # python test_poad.py grade FILE      points for a student's poad.py, by the tests students have
 # python test_poad.py trust           is every one of MISTAKES found, every one of SOLUTIONS green?
 
-EXERCISES = {  # function: points; its tests are test_FUNCTION_... and test_refuses_shapes[FUNCTION]
+EXERCISES = {  # function: points; which tests count for it says `belongs`
     "state_values": 3, "action_backup": 2, "token_backup": 4, "bad_backup": 1, "action_policy": 2,
     "bad_discounts": 3, "gae": 5, "masked_mean": 2, "normalize": 2, "ppo_policy_loss": 4,
     "value_loss": 2, "menu_logp": 2, "score": 4, "assign": 4}
@@ -1786,9 +1905,9 @@ not fit are a ValueError: without it they broadcast in silence (`same_shape` and
 
 The grade runs these same tests on each function alone, among right versions of all others, so
 that one mistake costs one exercise. A function's tests have equal shares of its points (only
-`test_refuses_shapes` counts a fifth of another), and the cases of a test equal shares of that;
-while all of the first test is red there are none. Nobody answers `input()`, and a test may compute
-for a minute.
+`test_refuses_shapes` and `test_keeps_its_inputs` count a fifth of another), and the cases of a test
+equal shares of that; while all of the first test is red there are none. Nobody answers `input()`,
+a test may compute for a minute, and a statement outside functions for ten seconds.
 
 | function | points | tests |
 |---|---|---|
@@ -1807,15 +1926,21 @@ if __name__ == "__main__":
     sys.exit("run: pytest test_poad.py")
 '''
 HERE = Path(__file__).resolve().parent
+FORK = multiprocessing.get_context("fork")  # it need not import torch; not on Windows
 
 
 def text_of(name):
     return (HERE / name).read_text(encoding="utf-8")
 
 
+def full(name):
+    """What an exercise is called in `definitions`: one is a method."""
+    return name.replace("score", "LanguageAgent.score")
+
+
 def find(source, name):
     """The lines of a function's or a method's body, below its docstring: a slice."""
-    node = definitions(source)[name]
+    node = definitions(source)[full(name)]
     return slice(node.body[0].end_lineno, node.end_lineno)
 
 
@@ -1847,16 +1972,21 @@ def blank_notebook(text):
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
+def tests_alone():
+    """This file without the kit."""
+    return text_of("test_poad.py").split("-- course kit\n")[0].rstrip("# -\n") + TEST_BLANK
+
+
 def blank(folder, names=EXERCISES):
     """Write an assignment into a new or empty folder."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: nothing was written")
-    tests = text_of("test_poad.py").split("-- course kit\n")[0].rstrip("# -\n")
+    tests = tests_alone()
     code = blank_code(text_of("poad.py"), names).split(RUN)[0] + RUN_BLANK
-    texts = {"poad.py": code, "test_poad.py": tests + TEST_BLANK,
+    texts = {"poad.py": code, "test_poad.py": tests,
              "README.md": blank_readme(text_of("README.md")), "STUDENT.md": STUDENT}
     for name in names:
-        count = tests.count(f"\ndef test_{name}_") + (name in MISUSE)
+        count = tests.count(f"\ndef test_{name}_") + (name in USE) + (name in REFUSING)
         texts["STUDENT.md"] += f"| {name} | {EXERCISES[name]} | {count} |\n"
     for name in ("envs.py", "requirements.txt", "LICENSE"):
         texts[name] = text_of(name)
@@ -1867,16 +1997,36 @@ def blank(folder, names=EXERCISES):
         (folder / name).write_text(text, encoding="utf-8")
 
 
+class NoUpload(Exception):
+    """The only failure that is a student's."""
+
+
+def upload(path):
+    """The file handed in: where it should be, or one or two folders deeper."""
+    if path.is_dir():
+        path = path / "poad.py"
+    folder = path.parent
+    for place in (path.name, f"*/{path.name}", f"*/*/{path.name}"):
+        found = list(folder.glob(place))
+        if len(found) == 1:
+            return found[0]
+    raise NoUpload(f"no {path.name} in {folder}, or more than one in its folders")
+
+
 def read_source(path):
-    """A student's file as Python reads it; else byte by byte, and a note."""
+    """A student's file as Python reads it, or in UTF-16; else byte by byte, and a note."""
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return path.read_text("utf-16", "replace"), []
     try:
         with tokenize.open(path) as file:
             return file.read(), []
     except (SyntaxError, UnicodeDecodeError) as error:
-        before = path.read_bytes()[:getattr(error, "start", 0)]
+        before = data[:getattr(error, "start", 0)]
         return path.read_text("latin-1"), [f"line {before.count(10) + 1}: not UTF-8"]
 
 
+@cache
 def statements(source):
     """A file's statements, and notes: where Python cannot read all, each def and class alone."""
     starts = [match.start() for match in re.finditer(r"^(@.*\n)*(def|class) ", source, re.M)]
@@ -1884,133 +2034,203 @@ def statements(source):
         found = []
         notes = []
         for begin, end in zip(cuts, cuts[1:]):
+            line = source.count("\n", 0, begin)
             try:
-                found += ast.parse("\n" * source.count("\n", 0, begin) + source[begin:end]).body
-            except SyntaxError as error:
-                notes.append(f"line {error.lineno}: {error.msg}")
+                found += ast.parse("\n" * line + source[begin:end]).body
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                line = getattr(error, "lineno", line + 1)
+                notes.append(f"line {line}: {getattr(error, 'msg', error)}")
         if not notes:
             break
     return found, notes
 
 
-def definitions(source):
-    """{name: its last definition} of functions, classes and methods."""
-    found = {}
+def parts(source):
+    """(name, statement) of a file; LanguageAgent's are called LanguageAgent.…"""
+    found = []
     for node in statements(source)[0]:
-        methods = node.body if isinstance(node, ast.ClassDef) else []
-        for part in (node, *methods):
-            if isinstance(part, (ast.FunctionDef, ast.ClassDef)):
-                found[part.name] = part
+        owner = ""
+        nodes = [node]
+        if getattr(node, "name", "") == "LanguageAgent":
+            owner = "LanguageAgent."
+            nodes = node.body
+        for part in nodes:
+            name = part.name if isinstance(part, (ast.FunctionDef, ast.ClassDef)) else ""
+            found.append((owner + name, part))
     return found
 
 
-def graft(source, name):
-    """Compile a student's version of one function into poad, and what is new in the file; what
-    is in both is the reference. Returns which of their statements fail: they may not be needed."""
-    given = definitions(text_of("poad.py")).keys() - {name}
-    delattr(poad if hasattr(poad, name) else poad.LanguageAgent, name)  # it cannot be copied
+def definitions(source):
+    """{name: its last definition} of functions, classes, and LanguageAgent's methods."""
+    return {name: part for name, part in parts(source) if name.split(".")[-1]}
+
+
+def given(names=EXERCISES):
+    """{name: definition} of what poad.py has besides these exercises, in any version of it."""
+    found = definitions(text_of("poad.py"))
+    for name in names:
+        del found[full(name)]
+    return found
+
+
+def place(module, name):
+    """Where a definition lives, and its name there."""
+    owner, _, word = name.rpartition(".")
+    return getattr(module, owner, module), word
+
+
+def graft(module, source, names):
+    """Run a student's statements in poad, one by one; what was given stays as it was. Returns
+    which of them fail: they may not be needed."""
+    def stop(signal, frame):
+        raise TimeoutError("longer than ten seconds")
+    signal.signal(signal.SIGALRM, stop)
+    kept = given(names)
     failed = []
-    for node in statements(source)[0]:
-        owner = poad
-        todo = [node]
-        if getattr(node, "name", "") == "LanguageAgent":
-            owner = poad.LanguageAgent
-            todo = node.body
-        for part in todo:
-            if getattr(part, "name", "") in given:
-                continue
-            space = {}
-            try:
-                code = compile(ast.Module([part], []), "their poad.py", "exec")
-                exec(code, vars(poad), space)
-            except BaseException as error:
-                failed.append(f"line {part.lineno}: {error!r}")
-            for word, value in space.items():
+    nodes = parts(source)
+    directives = [node for _, node in nodes if getattr(node, "module", "") == "__future__"]
+    for name, node in nodes:
+        if name in kept:
+            continue
+        owner, word = place(module, name)
+        prefix = name.removesuffix(word)
+        space = {}
+        signal.alarm(10)
+        try:
+            code = compile(ast.Module([*directives, node], []), "their poad.py", "exec")
+            exec(code, vars(module), space)
+        except BaseException as error:
+            failed.append(f"line {node.lineno}: {error!r}")
+        signal.alarm(0)
+        for word, value in space.items():
+            if prefix + word not in kept:
                 setattr(owner, word, value)
     return failed
 
 
+UNKNOWN = "?"  # what a test has said that has not ended
+COMMON = ("test_refuses_shapes", "test_keeps_its_inputs")  # for several exercises
+
+
+def belongs(case, name):
+    """Whether a test case, such as test_f_...[3] or test_...[f], counts for an exercise f."""
+    return case.startswith(f"test_{name}_") or case.endswith(f"[{name}]")
+
+
 class Reporter:
-    """A pytest plugin that sends (test case, what is wrong), first for those that will run."""
-    def __init__(self, send, failed):
-        self.send = send
-        self.failed = failed
+    """A pytest plugin: runs the tests of these exercises, and writes (test case, what is wrong)
+    as text, which the grader can read without running any of it."""
+    def __init__(self, names):
+        self.names = names
+        self.failed = []
+        self.file = open("report", "a", buffering=1, encoding="utf-8", errors="replace")
 
-    def pytest_collection_finish(self, session):
-        for item in session.items:
-            self.send((item.name, "Python ended here: a crash, an exit, a loop?"))
+    def tell(self, case, words):
+        self.file.write(f"{case}\t{' '.join(words.split())[:300]}\n")
 
-    def pytest_runtest_logreport(self, report):
-        name = report.nodeid.split("::")[1]
-        if hasattr(report, "wasxfail") or report.passed and report.when == "call":
-            self.send((name, ""))
-        elif report.skipped:
-            self.send((name, report.longrepr[2]))
-        elif report.failed:
-            self.send((name, str(report.longrepr)[:300]))
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [x for x in items if any(belongs(x.name, name) for name in self.names)]
+        for item in items:
+            self.tell(item.name, UNKNOWN)
 
-    def pytest_exception_interact(self, node, call):
-        words = call.excinfo.exconly(tryshort=True).split("\n")[0]
+    def pytest_runtest_makereport(self, item, call):
+        """Only a test that ends counts: a skip, or an expected failure, is an exception, too."""
+        if call.excinfo is None:
+            if call.when == "call":
+                self.tell(item.name, "")
+            return
+        words = call.excinfo.exconly().split("\n")[0]
         words = words.removeprefix("Failed: ").removeprefix("AssertionError: ")
         lines = [x.lineno + 1 for x in call.excinfo.traceback if str(x.path) == "their poad.py"]
         if lines:
             words = f"{words} (line {lines[-1]})"
         elif words == "AssertionError":  # a test that says no more
-            words = str(call.excinfo.traceback[-1].statement).strip()
+            words = str(call.excinfo.traceback[-1].statement)
         if call.excinfo.errisinstance(NameError):
             words = "; ".join([words, *self.failed])
-        self.send((node.name, words[:300]))
+        self.tell(item.name, words)
         if words.startswith("an endless loop?"):
-            node.session.shouldstop = words  # the next test would only wait again
+            item.session.shouldstop = words  # the next test would only wait again
 
 
-def no_input(*args):
-    raise RuntimeError("input() has nobody to ask")
-
-
-def examine(source, name, answer, options):
-    """In a process of its own: graft, then run the tests of one exercise."""
-    import resource
+def seal(folder):
+    """Nothing of the grader's surroundings reaches this process: streams, options, modules."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # a solution may print what it likes
         os.dup2(nowhere, stream)
-    builtins.input = no_input
-    os.environ["PYTHONBREAKPOINT"] = "0"  # breakpoint() does nothing
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # it starts in half the time
-    seconds = int(2 * CPU_SECONDS)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # a loop that catches all errors
-    failed = graft(source, name)
-    sys.modules.pop("test_poad", None)  # pytest imports it anew, to see what poad is now
-    pytest.main([__file__, "-k", f"test_{name}_ or refuses_shapes[{name}]", "-s", "--assert=plain",
-                 "-p", "no:cacheprovider", "-p", "no:unraisableexception", *options],
-                plugins=[Reporter(answer.send, failed)])
+    os.environ.clear()
+    os.environ.update(CPU_SECONDS=str(CPU_SECONDS), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+                      PYTHONBREAKPOINT="0")  # breakpoint() does nothing
+    sys.dont_write_bytecode = True
+    os.chdir(folder)
+    sys.path[:] = [str(folder), *(x for x in sys.path if Path(x).resolve() != HERE)]
+    for name in ("__main__", "poad", "test_poad"):  # they know the solutions
+        sys.modules.pop(name, None)
 
 
-def judge(source, name, options=()):
-    """{test case: what is wrong, or ""} of an exercise in this version of poad.py."""
-    if name not in definitions(source):
-        return {"": f"function {name} not found"}
-    fork = multiprocessing.get_context("fork")  # the child need not import torch; not on Windows
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=examine, args=(source, name, sender, options))
-    child.start()
-    sender.close()
-    results = {}
-    try:
-        while receiver.poll(600):
-            case, words = receiver.recv()
+def examine(source, names, folder, options):
+    """In processes of its own: graft into a poad without these functions, run their tests."""
+    os.setsid()  # what it starts is stopped with it
+    if os.fork():  # who stops its parent stops this
+        os.wait()
+        return
+    seal(folder)
+    reporter = Reporter(names)
+    theirs = importlib.import_module("poad")
+    for name in names:
+        delattr(*place(theirs, full(name)))
+    reporter.failed = graft(theirs, source, names)
+    for name in names:
+        if not hasattr(*place(theirs, full(name))):
+            reporter.tell("", "; ".join([f"function {name} not found", *reporter.failed]))
+            return
+    pytest.main(["test_poad.py", "-s", "--assert=plain", "--noconftest", "-p", "no:cacheprovider",
+                 "-p", "no:unraisableexception", *options], plugins=[reporter])
+
+
+def judge(source, names, options=()):
+    """{test case: what is wrong, or ""} of exercises in a version of poad.py; "": of the rest."""
+    seconds = int((1 + len(names)) * CPU_SECONDS)
+    rest = "Python ended here: a crash, an exit, a loop?"
+    texts = {"poad.py": blank_code(text_of("poad.py"), names), "envs.py": text_of("envs.py"),
+             "test_poad.py": tests_alone(), "pytest.ini": "[pytest]\n", "report": ""}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        folder = Path(folder).resolve()
+        for name, text in texts.items():
+            (folder / name).write_text(text, "utf-8")
+        child = FORK.Process(target=examine, args=(source, names, folder, options))
+        child.start()
+        end = time.monotonic() + seconds
+        while child.exitcode is None and time.monotonic() < end:
+            time.sleep(0.05)  # `join` would wait for what it has started, too
+        if child.exitcode is None:
+            rest = f"stopped after {seconds} seconds: an endless loop? Does it wait?"
+        with suppress(OSError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
+        results = {"": UNKNOWN}
+        for line in (folder / "report").read_text("utf-8", "replace").split("\n")[:-1]:
+            case, _, words = line.partition("\t")
             results[case] = words
-    except EOFError:  # it ended
-        pass
-    child.kill()
-    child.join()
-    return results or {"": "Python was ended before the first test"}
+    return {case: rest if words == UNKNOWN else words for case, words in results.items()}
 
 
 def judge_all(sources, names, options=()):
-    torch.set_num_threads(1)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("fork")) as pool:
-        return list(pool.map(judge, sources, names, repeat(options)))
+    """{test case: what is wrong, or ""} of one exercise in each version. RuntimeError if any is
+    wrong with the reference, which is judged like them: then the fault is not theirs."""
+    with ProcessPoolExecutor(2, FORK) as pool:
+        reference = pool.submit(judge, text_of("poad.py"), sorted(set(names)))
+        judged = list(pool.map(judge, sources, [[name] for name in names], repeat(options)))
+    right = reference.result()
+    rest = right.pop("")
+    answers = []
+    for name, results in zip(names, judged):
+        cases = [case for case in right if belongs(case, name)]
+        for case in cases or [name]:
+            if right.get(case, rest):
+                raise RuntimeError(f"the right solution is red: {case}: {right.get(case, rest)}")
+        answers.append({case: results.get(case, results[""]) for case in cases})
+    return answers
 
 
 def mark(name, results):
@@ -2018,10 +2238,10 @@ def mark(name, results):
     tests = {}
     for case, words in results.items():
         tests.setdefault(case.split("[")[0], []).append(words)
-    first, *_ = tests
+    first = [test for test in tests if test not in COMMON][0]
     if all(tests[first]):
-        return 0, [f"{first}: {tests[first][0]}".strip(": ")]
-    weights = {test: 0.2 if test == "test_refuses_shapes" else 1 for test in tests}
+        return 0, [f"{first}: {tests[first][0]}"]
+    weights = {test: 0.2 if test in COMMON else 1 for test in tests}
     lines = []
     lost = 0
     for test, cases in tests.items():
@@ -2033,34 +2253,74 @@ def mark(name, results):
     return round(EXERCISES[name] - lost, 2), lines
 
 
+@cache
+def plain(node):
+    """A statement's text without comments, docstrings and what its strings say."""
+    node = copy.deepcopy(node)
+    for part in ast.walk(node):
+        if isinstance(getattr(part, "value", None), str):
+            part.value = ""
+    return re.sub(r'\n +""""""(?=\n)', "", ast.unparse(node))
+
+
 def edited(theirs):
-    """The names of what was given, and is not as it was."""
-    given = definitions(text_of("poad.py"))
-    names = theirs.keys() & given.keys() - EXERCISES.keys() - {"LanguageAgent"}
-    return sorted(name for name in names if ast.dump(theirs[name]) != ast.dump(given[name]))
+    """A note on what was given, and is not as it was."""
+    ours = given()
+    names = sorted(x for x in ours.keys() & theirs if plain(ours[x]) != plain(theirs[x]))
+    return [f"given, and changed, so not used: {', '.join(names)}"] * bool(names)
 
 
 def remarks(name, theirs):
-    """What may explain red tests: other arguments, changed helpers."""
-    expected = definitions(text_of("poad.py"))[name].args
-    args = theirs[name].args
-    if [x.arg for x in args.args] != [x.arg for x in expected.args]:
-        yield f"{name} takes ({ast.unparse(expected)}), yours takes ({ast.unparse(args)})"
-    used = {getattr(node, "id", "") for node in ast.walk(theirs[name])}
-    for helper in used.intersection(edited(theirs)):
-        yield f"it uses {helper}, which is not as it was given: here it is"
+    """What may explain red tests: other arguments."""
+    ours = definitions(text_of("poad.py"))[full(name)].args
+    args = theirs[full(name)].args
+    if [x.arg for x in args.args] != [x.arg for x in ours.args]:
+        return [f"{name} takes ({ast.unparse(ours)}), yours takes ({ast.unparse(args)})"]
+    return []
+
+
+UNNEEDED = re.compile(r"""(?xm)
+    (?<![\w.])(?: open|exec|eval|compile|input|[gs]etattr|delattr|globals|locals|vars|dir|type )\b
+    | \b(?: pytest|os|sys|io|gc|inspect|importlib|builtins|ctypes|subprocess|signal|socket|pickle
+         |threading|multiprocessing|unittest|mock|poad|test_poad|Path|pathlib|shutil )\b(?:\.\w+)?
+    | \.?\b__(?!future)\w+__\b | \._\w+ | \bdel\ .*\.\w+ | ^class\ \w+
+    | \.\w*(?: hook|load|save|file|memmap|library|overrid|hub|package|pretrained )\w*
+    | ^\ *(?: import|from )\ (?! torch|math|numpy|typing|functools|itertools|collections|copy|envs
+        |dataclasses|operator|statistics|einops|__future__ )[\w.]+
+    | ^\ *(?!self\.)[\w.]*\.\w+\ \S?=\ """)
+
+
+def unneeded(source):
+    """Notes on what no exercise needs: no verdict, but for somebody to look at."""
+    source = re.sub(r'import pytest$|pytest\.skip\("\w+: not written yet"\)$', "pass", source,
+                    flags=re.MULTILINE)  # a stub, and a run's end
+    ours = {plain(node) for _, node in parts(text_of("poad.py"))}
+    kept = given()
+    found = []
+    for name, node in parts(source):
+        text = plain(node)
+        alone = ast.unparse(node).startswith("if __name__ == '__main__':") and not node.orelse
+        if name in kept or text in ours or alone:  # alone: it does not run here
+            continue
+        words = {word.strip(): 1 for word in UNNEEDED.findall(text)}
+        if len(re.findall(r"(?<!\w)\d", text)) > 60:
+            words["many numbers"] = 1
+        if words:
+            found.append(f"line {node.lineno}: no exercise needs {', '.join(words)}; please look")
+    return found
 
 
 def grade(path, as_json=False, names=EXERCISES):
     """Print each exercise's points and what is wrong; returns the sum."""
+    path = upload(path)
+    sys.path.append(str(path.parent))  # for modules handed in with it
     source, notes = read_source(path)
-    notes += statements(source)[1]
     theirs = definitions(source)
-    notes += [f"{helper} was given and is changed: not used" for helper in edited(theirs)]
+    notes += statements(source)[1] + edited(theirs) + unneeded(source)
     rows = []
     for name, results in zip(names, judge_all(repeat(source), names)):
         points, lines = mark(name, results)
-        if lines and name in theirs:
+        if lines and isinstance(theirs.get(full(name)), ast.FunctionDef):
             lines += remarks(name, theirs)
         rows.append(dict(name=name, score=points, max_score=EXERCISES[name],
                          output="\n".join(lines) or "passed"))
@@ -2098,8 +2358,22 @@ def trust():
     return surprises
 
 
+HELP = """
+Gradescope's run_autograder: cd /autograder/source && python3 test_poad.py grade --json \\
+  /autograder/submission/poad.py > /autograder/results/results.json || true
+Exit codes of grade: 0 all points (so GitHub Classroom can run it), 1 not all, 2 none were given.
+  "the grader itself" in its output: something here is broken, and no student pays for it.
+grade finds slips, not fraud: it runs their code, which could forge its points. So give it a
+  container, with a fresh folder for each submission, and read the notes under the points: they
+  name what no exercise needs, such as open or pytest. Linux and macOS only.
+trust says how far to trust the tests: whether they find MISTAKES and let SOLUTIONS pass.
+"""
+
+
 def course(argv=None):
-    parser = argparse.ArgumentParser(description="Make an assignment of poad.py, grade solutions.")
+    parser = argparse.ArgumentParser(
+        description="Make an assignment of poad.py, grade solutions.", epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"test_poad.py: {message}\n")
     parser.add_argument("command", choices=["blank", "grade", "trust"])
     parser.add_argument("path", nargs="?", type=Path, default=".", help="new folder, or poad.py")
@@ -2107,19 +2381,25 @@ def course(argv=None):
     parser.add_argument("--json", action="store_true", help="grade: Gradescope's results.json")
     args = parser.parse_args(argv)
     names = args.exercises.split(",")
+    if not set(names) <= set(EXERCISES):
+        parser.error(f"--exercises {args.exercises}: expected some of {', '.join(EXERCISES)}")
     try:
-        for name in names:
-            if name not in EXERCISES:
-                raise ValueError(f"no exercise {name!r}, expected some of {', '.join(EXERCISES)}")
         if args.command == "blank":
             blank(args.path, names)
         elif args.command == "grade":
-            sys.path.append(str(args.path.parent))  # for modules handed in with it
-            sys.exit(grade(args.path, args.json, names) < sum(EXERCISES[name] for name in names))
+            points = grade(args.path, args.json, names)
+            sys.exit(points < sum(EXERCISES[name] for name in names))
         else:
             sys.exit(len(trust()) > 0)
-    except (OSError, ValueError) as error:
-        parser.error(error)
+    except Exception as error:
+        result = {"output": " ".join(str(error).split())}
+        if isinstance(error, NoUpload):
+            result["score"] = 0
+        elif args.command != "blank":
+            result["output"] = f"the grader itself fails, nobody loses points: {error!r}"
+        if args.json:
+            print(json.dumps(result))
+        parser.error(result["output"])
 
 
 @pytest.mark.parametrize("module", [poad, envs], ids=["poad", "envs"])
@@ -2129,13 +2409,57 @@ def test_docstring_examples_are_true(module):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("blank .", "not empty"), ("grade nothing.py", "nothing.py"), ("grade", "directory"),
-    ("blank new --exercises gea", "no exercise 'gea'"), ("mark poad.py", "mark")])
+    ("blank .", "not empty"), ("grade nowhere --json", "no nowhere in ."),
+    ("blank new --exercises gea", "--exercises gea"), ("mark poad.py", "mark")])
 def test_kit_refuses_in_one_line(line, words, capsys):
     with pytest.raises(SystemExit) as stop:
         course(line.split())
-    error = capsys.readouterr().err
+    out, error = capsys.readouterr()
     assert stop.value.code == 2 and words in error and error.count("\n") == 1
+    if "--json" in line:
+        assert json.loads(out)["score"] == 0 and words in out
+
+
+def test_kit_grade_takes_no_points_for_its_own_failure(monkeypatch, capsys):
+    """Here the solution that it compares with is wrong; students' work is not judged by that."""
+    broken = {name: text_of(name) for name in ("poad.py", "envs.py", "test_poad.py")}
+    broken["poad.py"] = broken["poad.py"].replace("] = gamma\n", "] = 2 * gamma\n")
+    monkeypatch.setitem(globals(), "text_of", broken.get)
+    with pytest.raises(SystemExit) as stop:
+        course(["grade", __file__.replace("test_", ""), "--json", "--exercises", "bad_discounts"])
+    result = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 2 and list(result) == ["output"]
+    assert "the grader itself" in result["output"] and "test_bad_discounts" in result["output"]
+
+
+def test_kit_grade_stops_what_waits(monkeypatch):
+    monkeypatch.setitem(globals(), "CPU_SECONDS", 1)
+    slow = "import time\ndef bad_discounts(*args):\n    time.sleep(1000)"
+    results = judge(slow, ["bad_discounts"])
+    assert "stopped after 2 seconds" in results[""]
+
+
+CHEATS = """
+def gae(*args): import pytest; pytest.xfail("gae: not written yet")
+def gae(*args): return getattr(torch, "load")("x")
+def gae(*args): return open(__file__)
+import __main__
+from pathlib import Path as P
+torch.isclose = lambda *args: True
+class Fake(torch.Tensor): pass
+def gae(*args): return args[0].__class__
+def gae(x): x.register_hook(print)
+if __name__ == "poad": import gc
+from torch import os
+from helpers import gae"""
+
+
+def test_kit_notes_what_no_exercise_needs():
+    for line in CHEATS.split("\n")[1:]:
+        assert unneeded(line), line
+    stubs = blank_code(text_of("poad.py"), EXERCISES).split(RUN)[0] + RUN_BLANK
+    for text in (text_of("poad.py"), stubs, "".join(SOLUTIONS)):
+        assert unneeded(text) == [], text
 
 
 def test_kit_blank_takes_out_bodies_and_nothing_else(tmp_path, capsys):
@@ -2168,7 +2492,7 @@ def same_shape(): 0
 def masked_mean(x, mask):
     while True: print(breakpoint())
 def normalize(x, mask): import pytest; pytest.exit("", returncode=0)
-def ppo_policy_loss(*args): import os; os._exit(0)
+def ppo_policy_loss(*args): import os; os.killpg(0, 9)
 def value_loss(*args): raise SystemExit
 import poad
 stolen = poad.menu_logp
@@ -2177,42 +2501,61 @@ assert 0
 from poad import assign
 """
 VERDICTS = """
-input() has nobody to ask (line 3)|function action_backup not found|line 4: '(' was never closed
+EOFError: EOF when reading a line (line 3)|function action_backup not found|'(' was never closed
 No module named 'nowhere'|line 6: not UTF-8|function action_policy not found|an endless loop?
 bad_discounts takes (action_end, done, gamma, gamma_token=1.0), yours takes (done, action_end
-uses same_shape, which is not as it was|Python ended here|no attribute 'menu_logp'|: SystemExit
+given, and changed, so not used: same_shape|Python ended here|no attribute 'menu_logp'|: SystemExit
 function assign not found"""
 
 
 def test_kit_grade_one_slip_costs_one_exercise(tmp_path):
-    """All these in one file, and nothing but bad_backup is right: it gets its point.
-
-    As a command, since where there is a GPU no fork of these tests may differentiate."""
+    """All these in one file, and nothing but bad_backup is right: it gets its point, whatever
+    reaches for the run. As a command: where there is a GPU no fork of this may differentiate."""
+    folder = tmp_path / "a [b]"
+    folder.mkdir()
+    for name in ("poad.py", "envs.py", "test_poad.py"):
+        (folder / name).write_text(text_of(name), "utf-8")
+    (folder / "conftest.py").write_text("raise SystemExit")
+    (folder / "pytest.ini").write_text("[pytest]\npython_functions = none")
     (tmp_path / "poad.py").write_text(SLIPS, "latin-1")
-    command = [sys.executable, __file__, "grade", tmp_path / "poad.py"]
-    done = subprocess.run(command, env=os.environ | {"CPU_SECONDS": "2", "PYTHONUTF8": "1"},
-                          capture_output=True, encoding="utf-8")
+    around = {"CPU_SECONDS": "8", "PYTHONUTF8": "1", "PYTHONOPTIMIZE": "1",
+              "PYTEST_ADDOPTS": "--collect-only", "PYTEST_PLUGINS": "nowhere"}
+    done = subprocess.run([sys.executable, "test_poad.py", "grade", tmp_path / "poad.py"],
+                          env=os.environ | around, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 1 and f" {EXERCISES['bad_backup']} of 40" in done.stdout
     for words in re.split(r"[|\n]", VERDICTS):
         assert words in done.stdout
 
 
 def test_kit_grade_takes_off_what_a_test_is_worth(tmp_path, capsys):
-    """A byte order mark, packages and helpers are welcome."""
-    path = tmp_path / "poad.py"
-    path.write_text("""
+    """Packages, helpers, types, other encodings and deeper folders are welcome."""
+    folder = tmp_path / "hw1"
+    folder.mkdir()
+    (folder / "help.py").write_text("import poad\n"
+        "def discounts(*args): return poad.torch.where(args[0] > 0, *args[2:])")
+    (folder / "poad.py").write_text("""
+from __future__ import annotations
+from typing import TYPE_CHECKING
 import numpy as np
-def mean_of(x):
+from help import discounts
+if TYPE_CHECKING:
+    from torch import Tensor
+def mean_of(x: Tensor):
     return np.mean(x.numpy())
 def normalize(x, mask):
     selected(mask, x=x)
     x = torch.where(mask.bool(), x - mean_of(x[mask.bool()]), 0)
     return x / masked_mean(x ** 2, mask).sqrt()
-""", "utf-8-sig")
-    points = grade(path, as_json=True, names=["normalize"])
-    [row] = json.loads(capsys.readouterr().out)["tests"]
-    assert (row["name"], row["score"], row["max_score"]) == ("normalize", points, 2)
-    assert 0 < points < 2 and "test_normalize_where_all_are_alike: 0 / 0: add" in row["output"]
+bad_discounts = lambda action_end, done, gamma, gamma_token=1.0: \\
+    torch.where(action_end.bool(), (1 - 1 * done) * gamma, gamma_token)
+""", "utf-16")
+    grade(tmp_path / "poad.py", as_json=True, names=["normalize", "bad_discounts"])
+    result = json.loads(capsys.readouterr().out)
+    row, other = result["tests"]
+    assert 0 < row["score"] < 2
+    assert "test_normalize_where_all_are_alike: 0 / 0: add" in row["output"]
+    assert 2 < other["score"] < 3 and "-0" in other["output"]  # it refuses nothing
+    assert "line 5: no exercise needs from help; please look" in result["output"]
 
 
 SOLUTIONS = ["""
@@ -2295,8 +2638,10 @@ state_values: q / temperature -> q
 state_values: torch.logsumexp(q / temperature, -1) -> (q / temperature).exp().sum(-1).log()
 state_values: temperature == 0 -> True
 state_values: same_shape(q=q, policy=policy) -> pass
+state_values: q.amax(-1) -> q.float().amax(-1)
 action_backup: + gamma * -> +
 action_backup: mdp.reward + -> 0 * mdp.reward +
+action_backup: + gamma -> + (1 - gamma)
 action_backup: policy, temperature) -> policy)
 action_backup: (q, policy, -> (q, None,
 action_backup: mdp.reward + gamma * mdp.transition @ v -> gamma * (mdp.reward + mdp.transition @ v)
@@ -2311,6 +2656,7 @@ token_backup: q.masked_fill(~valid, -torch.inf) -> q
 token_backup: torch.full_like(q, -torch.inf) -> 0 * q
 token_backup: q = q.masked_fill(~valid, -torch.inf) -> new = q.clone()
 token_backup: check_table -> (max)
+token_backup: q = q.masked_fill(~valid -> q = q.masked_fill_(~valid
 bad_backup: 1.0 -> gamma
 bad_backup: policy, temperature) -> policy)
 bad_backup: 1.0, policy -> 1.0, None
@@ -2345,10 +2691,12 @@ masked_mean: [entries] = selected(mask, x=x) -> entries = x[mask.bool()]
 normalize: x - masked_mean(x, mask) -> x - x.mean()
 normalize: .sqrt() -> .abs()
 normalize: return centred -> return x
+normalize: masked_mean(centred**2, mask).sqrt() -> masked_mean(centred.abs(), mask)
 normalize: + 1e-8 -> + 0
 normalize: 1e-8 -> 1e-5
 normalize: masked_mean(centred**2, mask).sqrt() -> centred[mask.bool()].std()
 normalize: [entries] = selected(mask, x=x) -> entries = x[mask.bool()]
+normalize: x = x - entries[0] -> x -= entries[0]
 ppo_policy_loss: torch.minimum -> torch.maximum
 ppo_policy_loss: logp - old_logp -> old_logp - logp
 ppo_policy_loss: return -objective -> return objective
@@ -2366,6 +2714,7 @@ value_loss: ) ** 2 -> ).abs()
 value_loss: values - returns -> values.detach() - returns
 value_loss: selected(mask, values=values, returns=returns) -> values * mask, returns * mask
 value_loss: selected(mask, -> (lambda m, **x: [y[m > 0] for y in x.values()])(mask,
+menu_logp: logits.masked_fill( -> logits.masked_fill_(
 menu_logp: ~allowed -> allowed
 menu_logp: .log_softmax(-1) -> .clone()
 menu_logp: .float() -> .clone()
