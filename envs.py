@@ -26,7 +26,7 @@ import re
 import warnings
 from collections import Counter, namedtuple
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from itertools import product
 from operator import eq
@@ -409,11 +409,7 @@ class Lunch(Story):
 
 
 class Household(TextEnv):
-    """An environment whose actions say what they change in the state, a namedtuple.
-
-    A subclass writes `choices()`, admissible action → {part of the state: new value}, and
-    `success()`, which pays +1 and ends the episode.
-    """
+    """Its `choices()` are action → {part of the state: new value}, `success()` pays +1."""
 
     def apply(self, action):
         self.state = self.state._replace(**self.choices()[action])
@@ -483,7 +479,8 @@ class Food(Household):
                 where = {"table": ("item",), "hand": (), "inside": both}
                 choices["item"] = {"near": where[item]}
             if "appliance" not in near:
-                choices["appliance"] = {"near": both[item != "inside":]}
+                where = {"table": ("appliance",), "hand": ("appliance",), "inside": both}
+                choices["appliance"] = {"near": where[item]}
             if near == ("item",):
                 choices["grab"] = {"item": "hand", "near": ()}
             if "appliance" in near:
@@ -630,8 +627,8 @@ class Orders(TextEnv):
             for g, guest in enumerate(GUESTS):
                 shift = g // words      # with two or three, this tells four guests apart
                 self.wanted[guest].append(dishes[(g + i + i % 2 * shift) % words])
-        slots = "".join(f" ({'|'.join(dishes)})" for dishes in self.courses)
-        self.order = re.compile(f"serve{slots}")
+        pattern = "".join(f" ({'|'.join(dishes)})" for dishes in self.courses)
+        self.order = re.compile(f"serve{pattern}")
         super().__init__()
 
     @property
@@ -898,20 +895,17 @@ class Scikit(TextEnv):
     start = ""
     limit = 5
     refused = -1.0
-    scores = {}                 # (data set, text) → reward, shared by all instances
 
     def __init__(self, dataset="breast cancer"):
         _choose("dataset", dataset, ("breast cancer", "wine", "iris", "digits"))
-        loader = f"load_{dataset.replace(' ', '_')}"
         self.dataset = dataset
-        self.data = getattr(import_module("sklearn.datasets"), loader)(return_X_y=True)
         super().__init__()
 
     def menu(self):
         return []
 
     def observe(self):
-        x, y = self.data
+        x, y = _data(self.dataset)
         rows, columns = x.shape
         error = f"The last line failed with a {self.state}. " if self.state else ""
         return (f"The data set {self.dataset} has {rows} rows, {columns} columns and "
@@ -942,22 +936,29 @@ class Scikit(TextEnv):
 
     def admits(self, action):
         try:
-            if (self.dataset, action) not in self.scores:
-                self.scores[self.dataset, action] = _auc(action, *self.data)
+            _auc(action, self.dataset)
         except Exception as error:      # whatever the text provokes, also in scikit-learn
             self.state = type(error).__name__
             return False
         return True
 
     def apply(self, action):
-        return self.scores[self.dataset, action], True
+        return _auc(action, self.dataset), True
 
 
-def _auc(text, x, y):
+@cache
+def _data(name):
+    load = getattr(import_module("sklearn.datasets"), f"load_{name.replace(' ', '_')}")
+    return load(return_X_y=True)
+
+
+@cache
+def _auc(text, dataset):
     """Mean ROC-AUC of the classifier that `text` describes, over five stratified splits."""
     from sklearn.model_selection import cross_val_score, train_test_split
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
     require(len(text) <= 200 and text.count("(") <= 6, "the line is too long")
+    x, y = _data(dataset)
     rows = range(len(y))
     splits = []
     for seed in range(5):
@@ -999,11 +1000,7 @@ ENVS = {
 
 
 def make(name, **options):
-    """Build an environment, one of ENVS; ValueError for a name or option that is not there.
-
-    >>> make("food", item="pizza", wording="short").menu()[0]
-    'walk to the living room'
-    """
+    """Build an environment of ENVS; ValueError for a name or option that is not there."""
     _choose("the environment", name, ENVS)
     allowed = list(inspect.signature(ENVS[name]).parameters)
     for option in options:

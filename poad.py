@@ -25,12 +25,13 @@ import argparse
 import copy
 import json
 import math
+import re
 import shlex
 import sys
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from itertools import chain, takewhile
 from pathlib import Path
@@ -38,6 +39,7 @@ from statistics import mean, stdev
 
 import torch
 import torch.nn as nn
+from torch.distributions import Categorical
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
@@ -358,46 +360,60 @@ METHODS = {
     "poad": dict(policy="token", lr=1e-3, color="tab:blue")}
 
 
-def knob(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-LEAST = dict(n_envs=1, n_steps=1, epochs=1, minibatches=1, seeds=1, max_grad_norm=1e-9)
+LEAST = dict(n_envs=1, n_steps=1, epochs=1, minibatches=1, max_grad_norm=1e-9)  # others: 0
 MOST = dict(gamma=1, lam=1, gamma_token=1, lam_token=1)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every knob of a run; its meaning, and its unit, is what `--help` shows."""
-    method: str = knob("poad", "a row of METHODS")
-    updates: int = knob(16, "rollouts, each followed by one update; 0: only the exam")
-    seed: int = knob(0, "of the tiny LM, environments, sampling and minibatches")
-    n_envs: int = knob(16, "B, environments side by side")
-    n_steps: int = knob(32, "T, actions in each of them per update")
-    gamma: float = knob(0.95, "γ, discount between actions")
-    lam: float = knob(0.95, "λ of GAE between actions")
-    gamma_token: float = knob(None, "γ_w inside an action; if not given 1, for ntpo γ")
-    lam_token: float = knob(None, "λ_w inside an action; if not given 1, for ntpo λ")
-    lr: float = knob(None, "Adam's step size for the LM; if not given, see METHODS")
-    critic_lr: float = knob(1e-3, "Adam's step size for the critic")
-    critic_steps: int = knob(100, "steps of the critic, on 64 actions each, per update")
-    epochs: int = knob(3, "passes over a rollout")
-    minibatches: int = knob(4, "minibatches of a pass, one step of Adam for each")
-    clip: float = knob(0.2, "ε of the ratio")
-    entropy_coef: float = knob(0.01, "weight of an action's entropy (nats)")
-    kl_stop: float = knob(0.1, "KL of an action (nats) that ends an update; inf: never")
-    max_grad_norm: float = knob(0.5, "gradient clipping, LM and critic each for itself")
+    """Every knob of a run.
+
+    method: a row of METHODS
+    updates: rollouts, each followed by one update; 0: only the exam
+    seed: of the tiny LM, environments, sampling and minibatches
+    n_envs: B, environments side by side
+    n_steps: T, actions in each of them per update
+    gamma: γ, discount between actions
+    lam: λ of GAE between actions
+    gamma_token: γ_w inside an action; if not given 1, for ntpo γ
+    lam_token: λ_w inside an action; if not given 1, for ntpo λ
+    lr: Adam's step size for the LM; if not given 1e-3, for glam 1e-4
+    critic_lr: Adam's step size for the critic
+    critic_steps: steps of the critic, on 64 actions each, per update
+    epochs: passes over a rollout
+    minibatches: minibatches of a pass, one step of Adam for each
+    clip: ε of the ratio
+    entropy_coef: weight of an action's entropy (nats)
+    kl_stop: KL of an action (nats) that ends an update; inf: never
+    max_grad_norm: gradient clipping, LM and critic each for itself
+    """
+    method: str = "poad"
+    updates: int = 16
+    seed: int = 0
+    n_envs: int = 16
+    n_steps: int = 32
+    gamma: float = 0.95
+    lam: float = 0.95
+    gamma_token: float = None
+    lam_token: float = None
+    lr: float = None
+    critic_lr: float = 1e-3
+    critic_steps: int = 100
+    epochs: int = 3
+    minibatches: int = 4
+    clip: float = 0.2
+    entropy_coef: float = 0.01
+    kl_stop: float = 0.1
+    max_grad_norm: float = 0.5
 
     def __post_init__(self):
         require(self.method in METHODS, f"{self.method!r} is no method of {list(METHODS)}")
-        for knob in fields(self):
-            name = knob.name
-            value = getattr(self, name)
-            if knob.type is not str and value is not None:
-                low = LEAST.get(name, 0)
-                high = MOST.get(name, math.inf)
-                require(isinstance(value, (int, knob.type)) and low <= value <= high,
-                        f"{name} is {value!r}, not {knob.type.__name__} in {low} … {high}")
+        for knob in fields(self)[1:]:
+            value = getattr(self, knob.name)
+            low = LEAST.get(knob.name, 0)
+            high = MOST.get(knob.name, math.inf)
+            require(value is None or isinstance(value, (int, knob.type)) and low <= value <= high,
+                    f"{knob.name} is {value!r}, not {knob.type.__name__} in {low} … {high}")
         require(self.minibatches <= self.n_envs * self.n_steps,
                 "there are more minibatches than actions, n_envs × n_steps")
 
@@ -407,18 +423,14 @@ class Config:
 
     @property
     def step_size(self):
-        if self.lr is None:
-            return METHODS[self.method]["lr"]
-        return self.lr
+        return METHODS[self.method]["lr"] if self.lr is None else self.lr
 
     @property
     def inside(self):
         """γ_w and λ_w: what was given, else the method's."""
-        gamma_token = 1.0
-        lam_token = 1.0
-        if self.method == "ntpo":           # these two lines turn POAD into naive
-            gamma_token = self.gamma
-            lam_token = self.lam
+        gamma_token, lam_token = 1.0, 1.0
+        if self.method == "ntpo":                           # this turns POAD into naive
+            gamma_token, lam_token = self.gamma, self.lam
         if self.gamma_token is not None:
             gamma_token = self.gamma_token
         if self.lam_token is not None:
@@ -462,16 +474,15 @@ def credit(agent, actions, config):
     then "wait" (one slot), which pays 4 and is cut where v(o_next) = 6. Returns: 4 + ½ · 6
     = 7 and ½ (½ · 1 + ½ · 7) = 2. Advantages before they are normalised: (1, 1) and (6).
     """
+    cut = [action.after is not None for action in actions]
+    rows = [a.before for a in actions] + [(a.after, ()) for a in actions if a.after]
+    values = agent.judge(rows)                              # of slots, then of o_next
     rewards = torch.tensor([action.reward for action in actions])           # (B·T,)
+    rewards[cut] += config.gamma * values[len(actions):, 0]
     done = torch.tensor([action.done for action in actions])
-    cut = [i for i, action in enumerate(actions) if action.after]
-    if cut:
-        after = agent.judge([(actions[i].after, ()) for i in cut])          # v(o_next)
-        rewards[cut] += config.gamma * after[:, 0]
-    values = agent.judge([action.before for action in actions])             # (B·T, L)
-    by_player = config.n_envs, config.n_steps
-    advantages, returns = assign(
-        config, column(actions, "mask"), values, rewards.view(by_player), done.view(by_player))
+    shape = config.n_envs, config.n_steps
+    advantages, returns = assign(config, column(actions, "mask"), values[:len(actions)],
+                                 rewards.view(shape), done.view(shape))     # (B·T, L)
     choice = column(actions, "choice")
     if choice.any():
         advantages = normalize(advantages, choice)
@@ -608,6 +619,7 @@ def encode_menu(tokenizer, prompt, texts):
     entries = []
     trie = {}
     for text in texts:
+        require(isinstance(text, str), f"{text!r} is on the menu, expected a text")
         ids = encode(tokenizer, joined(prompt, text))
         require(ids[:len(context)] == context,
                 f"to the tokenizer the end of {prompt!r} and the beginning of {text!r} are "
@@ -635,11 +647,6 @@ def menu_logp(logits, allowed):
     if allowed is not None:
         logits = logits.masked_fill(~allowed.bool(), -torch.inf)
     return logits.log_softmax(-1)
-
-
-def entropy_of(log_pi):
-    """−Σ π log π over the last axis, where −inf marks what cannot be sampled."""
-    return -(log_pi.exp() * log_pi.masked_fill(log_pi.isneginf(), 0)).sum(-1)
 
 
 def pad(rows, device="cpu", side="right"):
@@ -700,25 +707,25 @@ class LanguageAgent(nn.Module):
         name = type(self.lm).__name__
         end = self.lm.get_input_embeddings().weight.shape[0] - 1
         rows = [((0, end, 1), (0, end)), ((end,), (end, 0)), ((0, end, 1), (end, 1))]
-        plain = []
+        alone = []
         for prompt, prefix in rows:
             for j in range(3):
-                plain.append(self.read(self.lm, [(prompt + prefix[:j], ())])[0, 0])
-        plain = torch.stack(plain)                                          # (9, V)
+                alone.append(self.read(self.lm, [(prompt + prefix[:j], ())])[0, 0])
+        alone = torch.stack(alone)                                          # (9, V)
         for self.shares_prompts in (True, False):           # stays at the first that passes
             with suppress(Exception):                       # a model may fail in any way
-                error = self.read(self.lm, rows).flatten(0, 1) - plain
-                if error.abs().max() < 0.02 * plain.std():
+                error = self.read(self.lm, rows).flatten(0, 1) - alone
+                if error.abs().max() < 0.02 * alone.std():
                     break
         else:
             raise ValueError(f"{name} is no causal language model: what it says after some "
                              "tokens depends on what follows them")
         if self.shares_prompts:
             prompts = [prompt for prompt, _ in rows]
-            written, _, sampled = self._write_freely(prompts, torch.Generator())
-            read = self.slots([(*row, None) for row in zip(prompts, written)])
-            error = torch.cat(sampled) - torch.cat(read)[:, 0]
-            require(error.abs().max() < 0.02,
+            actions, _, drawn = zip(*self._write_freely(prompts, torch.Generator()))
+            read = self.slots(list(zip(prompts, actions, [None] * 3)))
+            error = torch.cat(drawn) - torch.cat(read)[:, 0]
+            require(error.abs().max() < 0.02 * alone.std(),
                     f"{name} samples free text from something else than what is read")
         return self.read(self.body, rows).shape[-1]
 
@@ -739,8 +746,7 @@ class LanguageAgent(nn.Module):
             out = model(input_ids=ids, use_cache=False)[0]                  # (R, P + W, ·)
             parts = []
             for row, (prompt, prefix) in zip(out, rows):
-                last = len(prompt) - 1                      # the prompt's last token
-                parts.append(row[last:last + len(prefix) + 1])
+                parts.append(row[len(prompt) - 1:len(prompt) + len(prefix)])
             return pad_sequence(parts, batch_first=True)                    # (R, W + 1, ·)
 
         ids, mask = pad(prompts, model.device, "left")                      # (U, P)
@@ -811,13 +817,10 @@ class LanguageAgent(nn.Module):
                 for j in range(len(ids)):
                     allowed[r, j] = False
                     allowed[r, j, list(menu.trie[ids[:j]])] = True
-        log_pi = menu_logp(logits, allowed)
+        pi = Categorical(logits=menu_logp(logits, allowed))     # ValueError if NaN
         ids, _ = pad([ids for _, ids, _ in rows], logits.device)            # (R, L)
-        logp = log_pi.gather(2, ids[..., None])[..., 0]
-        require(not logp.isnan().any(), "the LM's log-probabilities are NaN: see step size "
-                "and precision")
         choice = allowed.sum(2) > 1                         # read off the trie
-        slots = torch.stack([logp, entropy_of(log_pi), choice], 2).cpu()    # (R, L, 3)
+        slots = torch.stack([pi.log_prob(ids), pi.entropy(), choice], 2).cpu()
         return [x[:len(ids)] for x, (_, ids, _) in zip(slots, rows)]
 
     def score(self, prompts, menus, policy="glam"):
@@ -855,17 +858,19 @@ class LanguageAgent(nn.Module):
         kinds = {type(menu) for menu in menus}
         require(len(menus) == len(prompts) and (kinds <= {list, tuple} or len(kinds) == 1),
                 f"{len(prompts)} prompts need as many menus, each a list of texts, or none")
-        require(policy not in RESTRICTED or type(None) not in kinds, f"{policy} needs a menu")
         if kinds <= {Menu, type(None)}:
+            require(None not in menus or policy not in RESTRICTED, f"{policy} needs a menu")
             return menus
-        rows = list(zip(prompts, map(tuple, menus)))
-        return self.recall(
-            rows, lambda rows: [encode_menu(self.tokenizer, *row) for row in rows])
+        require(kinds <= {list, tuple}, f"a menu is {menus[0]!r}, expected a list of texts")
+        return self.recall(list(zip(prompts, map(tuple, menus))), self._encode_menus)
+
+    def _encode_menus(self, rows):
+        return [encode_menu(self.tokenizer, *row) for row in rows]
 
     def _write_freely(self, contexts, generator):
         """Free text by `generate` of transformers, up to an end token or the limit.
 
-        → B tuples of token ids, B texts, and B tensors: log p that each token was drawn with.
+        → B times: token ids, the text, and the log p that each token was drawn with.
         """
         require(self.shares_prompts, f"{type(self.lm).__name__} cannot be read with a "
                 "cache: it can choose from menus, but not write freely")
@@ -878,13 +883,13 @@ class LanguageAgent(nn.Module):
                                    return_dict_in_generate=True)
         drawn = self.lm.compute_transition_scores(
             out.sequences, out.scores, normalize_logits=True).cpu()         # (B, W)
-        actions = []
-        texts = []
-        for row in out.sequences[:, ids.shape[1]:].tolist():
+        written = []
+        for row, logp in zip(out.sequences[:, ids.shape[1]:].tolist(), drawn):
             words = list(takewhile(lambda token: token not in self.ends, row))
-            actions.append(tuple(row[:len(words) + 1]))
-            texts.append(self.tokenizer.decode(words, skip_special_tokens=True).strip())
-        return actions, texts, [x[:len(ids)] for x, ids in zip(drawn, actions)]
+            text = self.tokenizer.decode(words, skip_special_tokens=True).strip()
+            action = tuple(row[:len(words) + 1])
+            written.append((action, text, logp[:len(action)]))
+        return written
 
     @torch.no_grad()
     def act(self, prompts, menus=None, policy="token", generator=None):
@@ -899,7 +904,7 @@ class LanguageAgent(nn.Module):
         menus = self.menus(prompts, menus, policy)
         if menus[0] is None:
             contexts = [encode(self.tokenizer, prompt) for prompt in prompts]
-            actions, texts, _ = self._write_freely(contexts, generator)
+            actions, texts, _ = zip(*self._write_freely(contexts, generator))
         else:
             contexts = [menu.context for menu in menus]
             scores = pad_sequence(self.score(prompts, menus, policy), True, -torch.inf)
@@ -931,10 +936,10 @@ class LanguageAgent(nn.Module):
         menus = [a.menu for a in actions]
         slots = []
         for action, scores in zip(actions, self.score([""] * len(menus), menus, policy)):
-            log_pi = scores.log_softmax(0)                                  # (A,)
-            k = action.menu.entries.index(action.ids)
+            pi = Categorical(logits=scores)                                 # over A
+            k = torch.tensor(action.menu.entries.index(action.ids))
             choice = torch.tensor(len(scores) > 1)
-            slots.append(torch.stack([log_pi[k], entropy_of(log_pi), choice])[None])
+            slots.append(torch.stack([pi.log_prob(k), pi.entropy(), choice])[None])
         return slots
 
     def save(self, folder):
@@ -978,6 +983,8 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0, load=load_lm
     model: a hub id, a folder (of `save`, with its critic, or of any `save_pretrained`) or a
     .gguf file, else ValueError; train_layers: only so many last layers learn, 0: all.
     """
+    if model != "tiny":
+        seed = 0                                            # it is the same for all
     lm, tokenizer = load(model, env_fn, seed)
     lm = copy.deepcopy(lm).to(device)
     if train_layers:
@@ -1108,39 +1115,36 @@ PRESETS = {  # where an environment, or a real model, needs other settings than 
                    entropy_coef=0.001, kl_stop=0.3),
     "real": dict(
         updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=10, epochs=4, minibatches=1)}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # Student's t, 2 to 10 seeds
-
-
-@dataclass(frozen=True)
-class Options(Config):
-    """The command line: a run's Config, and what else can be asked for."""
-    method: str = knob("", "some of " + ",".join(METHODS) + "; if not given, all that can run")
-    env: str = knob("food", "one of " + ", ".join(ENVS) + "; it may change other defaults")
-    env_options: str = knob("", "of the environment, such as guests=1,slots=2")
-    model: str = knob("tiny", "tiny, a hub id, a folder or a .gguf file; all but tiny change "
-                      "other defaults")
-    train_layers: int = knob(0, "how many of its last layers learn; 0: all")
-    device: str = knob(DEVICE, "cpu or cuda, or cuda:1")
-    seeds: int = knob(1, "how many runs of each method, from --seed on")
-    out: str = knob("", "JSON file for the numbers; if not given runs/ENV.json")
-    save: str = knob("", "folder for the trained models and their critics")
+OPTIONS = {  # what else can be asked for: default, meaning
+    "env": ("food", "one of " + ", ".join(ENVS) + "; it may change other defaults"),
+    "env_options": ("", "of the environment, such as guests=1,slots=2"),
+    "model": ("tiny", "or a hub id, a folder, a .gguf file, which change other defaults"),
+    "train_layers": (0, "how many of its last layers learn; 0: all"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:1"),
+    "seeds": (1, "how many runs of each method, from --seed on"),
+    "out": ("", "JSON file for the numbers; if not given runs/ENV.json"),
+    "save": ("", "folder for the trained models and their critics")}
 
 
 def parse(argv):
-    """What was typed, else PRESETS, else the defaults: a Namespace of Options' names."""
+    """What was typed, else PRESETS, else the defaults: a Namespace."""
     parser = argparse.ArgumentParser(
         "poad.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"poad.py: {message}\n")
-    for option in fields(Options):
-        parser.add_argument(f"--{option.name}", type=option.type, default=option.default,
-                            help=option.metadata["help"])
+    meaning = dict(re.findall(r"(\w+): (.+)", Config.__doc__))
+    for knob in fields(Config):
+        parser.add_argument(
+            f"--{knob.name}", type=knob.type, default=knob.default, help=meaning[knob.name])
+    for name, (default, help) in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=help)
+    parser.set_defaults(method="")                          # all that can run
     typed, _ = parser.parse_known_args(argv)
-    preset = dict(PRESETS.get(typed.env, {}))
-    if typed.model != "tiny":
-        preset.update(PRESETS["real"])
+    preset = PRESETS.get(typed.env, {})
     parser.set_defaults(**preset)
-    parser.add_argument("-h", "--help", action="help", help="show this, for --env and --model")
+    if typed.model != "tiny":
+        parser.set_defaults(**PRESETS["real"])
+    parser.add_argument("-h", "--help", action="help")
     given = parser.parse_args(argv)
     if typed.env_options and "env_options" in preset:       # they join the preset's
         given.env_options = preset["env_options"] + "," + typed.env_options
@@ -1148,7 +1152,7 @@ def parse(argv):
 
 
 def prepare(given):
-    """What can be known to fail fails here, before any training. → env_fn, runs' Options"""
+    """What can be known to fail fails here, before any training. → env_fn, Configs"""
     settings = {}
     for pair in filter(None, given.env_options.split(",")):
         name, _, value = pair.partition("=")
@@ -1160,27 +1164,27 @@ def prepare(given):
     require(set(methods) <= set(able) and len(set(methods)) == len(methods),
             f"--method {given.method}: {given.env} can be learnt by {', '.join(able)}, "
             "each named once (glam and twosome need a menu)")
+    require(given.seeds >= 1, "--seeds is at least 1")
     try:
         torch.zeros(1, device=given.device)
     except (RuntimeError, AssertionError) as error:         # CUDA's have many lines
         raise ValueError(f"--device {given.device}: {error}".split("\n")[0]) from error
-    runs = []
+    configs = []
     for seed in range(given.seed, given.seed + given.seeds):
-        for method in methods:
-            runs.append(Options(**vars(given) | {"method": method, "seed": seed}))
-    return env_fn, runs
+        for name in methods:
+            knobs = vars(given) | {"method": name, "seed": seed}
+            configs.append(Config(**{knob.name: knobs[knob.name] for knob in fields(Config)}))
+    return env_fn, configs
 
 
-def run(agent, env_fn, options, record):
+def run(agent, env_fn, config, record):
     """Train with a progress bar, then examine; `record` is filled. → a transcript"""
-    print(f"{options.method}, seed {options.seed}: {options.model} on {options.device}, "
-          f"step sizes {options.step_size:g} (LM) and {options.critic_lr:g} (critic)")
-    bar = tqdm(train(agent, env_fn, options), options.method, options.updates)
+    bar = tqdm(train(agent, env_fn, config), config.method, config.updates)
     for metrics in bar:
         record["metrics"].append(metrics)
         if metrics["episodes"] >= 16:               # the first to end are the short ones
             bar.set_postfix(success=metrics["success_rate"])
-    outcomes, story = play(agent, env_fn, 100, options.policy, options.seed)
+    outcomes, story = play(agent, env_fn, 100, config.policy, config.seed)
     record["exam"] = summary(outcomes) | {"episodes": 100}
     return story
 
@@ -1196,9 +1200,7 @@ def interval(xs):
 def success(rates):
     """`interval`, and behind it how many seeds fail (a rate below ½), if any."""
     fails = sum(rate < 0.5 for rate in rates)
-    if fails:
-        return f"{interval(rates)} ({fails} fail)"
-    return interval(rates)
+    return interval(rates) + f" ({fails} fail)" * (fails > 0)
 
 
 def report(runs, path):
@@ -1212,13 +1214,10 @@ def report(runs, path):
         if exams:
             returns, rates, _ = zip(*exams)
             print(f"{method:8}{success(rates):>24}{interval(returns):>16}")
-        color = METHODS[method]["color"]
-        for x in mine:
+        for i, x in enumerate(mine):
             curve = [(m["env_steps"], m["success_rate"]) for m in x["metrics"]
                      if m["episodes"] >= 16]
-            axes.plot(*zip(*curve), color=color)
-        if mine:
-            axes.plot([], color=color, label=method)        # one word for all its seeds
+            axes.plot(*zip(*curve), color=METHODS[method]["color"], label="_" * i + method)
     figure.legend(loc="outside right upper")
     axes.set(title=f"Who learns {runs[0]['config']['env']}?", xlabel="environment steps",
              ylabel="success, last 100 episodes (from the 16th on)")
@@ -1232,22 +1231,23 @@ def main(argv):
     load = lru_cache(maxsize=1)(load_lm)                    # one start for all methods
     try:
         given = parse(argv)
-        env_fn, todo = prepare(given)
+        env_fn, configs = prepare(given)
         out = Path(given.out or f"runs/{given.env}.json")
         for folder in (out.parent, Path(given.save)):       # Path("") is here
             folder.mkdir(parents=True, exist_ok=True)
         out.open("a").close()                               # if it can fail, it fails now
         if given.model == "tiny":
             torch.set_num_threads(1)                        # it is too small to share
-        for options in todo:
-            start = options.seed if given.model == "tiny" else 0
+        for config in configs:
             agent = load_agent(
-                given.model, env_fn, start, given.device, given.train_layers, load)
-            used = asdict(options) | {"lr": options.step_size}
+                given.model, env_fn, config.seed, given.device, given.train_layers, load)
+            used = vars(given) | asdict(config) | {"lr": config.step_size}
+            print(f"{config.method}, seed {config.seed}: {given.model} on {given.device}, step "
+                  f"sizes {config.step_size:g} (LM), {config.critic_lr:g} (critic)")
             runs.append({"config": used, "exam": None, "metrics": []})
-            story = run(agent, env_fn, options, runs[-1])
+            story = run(agent, env_fn, config, runs[-1])
             if given.save:
-                agent.save(Path(given.save) / f"{options.method}-{options.seed}")
+                agent.save(Path(given.save) / f"{config.method}-{config.seed}")
         print(story)
     except KeyboardInterrupt:
         print("interrupted: what was measured so far is kept")

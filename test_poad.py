@@ -1532,8 +1532,10 @@ def test_lunch_mdp_fools_the_naive_learner():
 
 
 def explore(env):
-    """Everything that play can reach: a list of (state, its menu), the start first, and one row
-    (number of the state, moves, reward, success, number of the next state or -1) an action."""
+    """Everything that play can reach: a list of (state, its menu), the start first, and rows.
+
+    Of each action (number of its state, moves, reward, success, number of the next or -1).
+    """
     _, info = env.reset(0)
     found = [(env.state, info["menu"])]
     number = {env.state: 0}
