@@ -613,14 +613,14 @@ EOS = WORDS.index("<eos>")
 MENU = ["put the salad in the bowl", "wait", "put the bowl in the salad", "eat ice-cream now"]
 NESTED = ["eat ice-cream", "eat ice-cream now", "wait", "eat"]          # an entry begins another
 PROMPTS = ["you", "you see the bowl", "wait", "you see the salad in the bowl"]
-MENUS = [MENU, NESTED, NESTED, ["eat the salad now"]]
+MENUS = [MENU, NESTED, NESTED, [" eat the salad now"]]
 FAMILIES = {                        # of LMs: with what they have of their own
     "Llama": {}, "GPT2": {}, "Bloom": {}, "Cohere": {}, "Gemma2": dict(sliding_window=4),
-    "Mistral": dict(sliding_window=4), "GptOss": dict(num_local_experts=4, sliding_window=4),
+    "GptOss": dict(num_local_experts=4, sliding_window=4),
     "Lfm2": dict(layer_types=["conv", "full_attention"], conv_L_cache=3),
-    "Rwkv": dict(attention_hidden_size=32), "Bert": dict(pad_token_id=0)}
-READABLE = sorted(set(FAMILIES) - {"Bert"})
-WITH_ALL_POLICIES = pytest.mark.parametrize("policy", ["token", "action", "glam", "twosome"])
+    "Rwkv": dict(attention_hidden_size=32)}
+SCORING = ["glam", "twosome"]
+WITH_ALL_POLICIES = pytest.mark.parametrize("policy", ["token", "action", *SCORING])
 
 # a token a word, but "ice-cream" is three; token 0 is a word and the padding, too
 CORE = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
@@ -635,8 +635,9 @@ SIZES = dict(
 
 def small_lm(family="Llama", spread=0.2, **own):
     """A random LM, the sharper the larger `spread`, with a checkpoint's habits of sampling."""
-    sizes = SIZES | {"initializer_range": spread} | FAMILIES[family] | own
-    config = getattr(transformers, f"{family}Config")(**sizes)
+    own = FAMILIES.get(family, {}) | own
+    config = getattr(transformers, f"{family}Config")(
+        **SIZES | own, initializer_range=spread)
     with envs.seeded(0):
         lm = AutoModelForCausalLM.from_config(config)
     lm.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
@@ -673,46 +674,41 @@ def brute_force(agent, prompt, menu, ids):
     """log π, entropy and choice of written tokens, eos included, (3, L); without a menu: None."""
     columns = []
     for j, logits in enumerate(read(agent.lm, prompt, ids)):
-        allowed = list(range(len(WORDS)))
+        allowed = set(range(len(WORDS)))
         if menu:
             entries = [(*ids_of(text), EOS) for text in menu]
-            allowed = sorted({entry[j] for entry in entries if entry[:j] == ids[:j]})
-        log_pi = logits[allowed].log_softmax(-1)
-        entropy = -(log_pi.exp() * log_pi).sum()
-        choice = torch.tensor(float(len(allowed) > 1))
-        columns.append(torch.stack([log_pi[allowed.index(ids[j])], entropy, choice]))
+            allowed = {entry[j] for entry in entries if entry[:j] == ids[:j]}
+        among = logits[list(allowed)]
+        logp = logits[ids[j]] - among.logsumexp(0)
+        entropy = torch.distributions.Categorical(logits=among).entropy()
+        columns.append(torch.stack([logp, entropy, torch.tensor(float(len(allowed) > 1))]))
     return torch.stack(columns, 1)
 
 
-SCORES = {                          # from log p of an entry's tokens, eos last: right and wrong
-    "glam": lambda logp, text: logp[:-1].sum(),
-    "twosome": lambda logp, text: logp[:-1].sum() / len(text.split()),
-    "eos is counted": lambda logp, text: logp.sum(),
-    "a mean over tokens, not over words": lambda logp, text: logp[:-1].mean(),
-    "the prompt is not read: from the second token on": lambda logp, text: logp[1:-1].sum()}
-
-
-def brute_score(agent, prompt, menu, name):
-    """One of SCORES, or log π, for every entry of a menu, (A,)."""
+def brute_score(agent, prompt, menu, policy):
+    """The score of every entry of a menu, (A,): GLAM's and TWOSOME's is without eos."""
     scores = []
     for text in menu:
         ids = (*ids_of(text), EOS)
-        if name in SCORES:
-            scores.append(SCORES[name](brute_force(agent, prompt, None, ids)[0], text))
-        else:
-            scores.append(brute_force(agent, prompt, menu, ids)[0].sum())
+        score = brute_force(agent, prompt, menu, ids)[0].sum()
+        if policy in SCORING:
+            score = brute_force(agent, prompt, None, ids)[0, :-1].sum()
+        if policy == "twosome":
+            score = score / len(text.split())
+        scores.append(score)
     return torch.stack(scores)
 
 
 class Clock:
     """Shows how often it was acted on; after `end` times it is over, or `cut`."""
+    name = "you"
+    cut = False
+    menu = MENU
+    end = 2
     seeds = []                                          # of all clocks
 
-    def __init__(self, name="you", cut=False, menu=MENU, end=2):
-        self.name = name
-        self.cut = cut
-        self.menu = menu
-        self.end = end
+    def __init__(self, **own):
+        vars(self).update(own)
 
     def reset(self, seed=None):
         self.seeds.append(seed)
@@ -722,16 +718,15 @@ class Clock:
     def step(self, action):
         self.clock += 1
         end = self.clock == self.end
-        info = {"menu": self.menu, "success": True}
-        obs = f"{self.name} s{self.clock}"
-        return obs, len(action), end and not self.cut, end and self.cut, info
+        return (f"{self.name} s{self.clock}", len(action), end and not self.cut,
+                end and self.cut, {"menu": self.menu, "success": True})
 
 
 class Told:
     """A critic that is a table of v, a row for each one-token prompt; a policy that is a table
     of log π, 0 at first."""
-    def __init__(self, values=()):
-        self.v = torch.tensor(values)
+    def __init__(self, values="0"):
+        self.v = t(values)
         self.logp = torch.zeros(2, 2, requires_grad=True)
 
     def judge(self, rows):
@@ -743,13 +738,11 @@ class Told:
         return logp, 2 + logp                           # an entropy like any other
 
 
-def two_actions(slots=2):
-    """Of one player, after the prompts 0 and 1; the second has `slots`, and pays 4."""
+def two_actions():
+    """Of one player, after the prompts 0 and 1, two slots each; the second pays 4."""
     one = torch.ones(2)
     first = Action("0", (0,), None, "eat", (6, EOS), one > 0, 0 * one, advantages=-one)
-    one = torch.ones(slots)
-    return [first, replace(first, context=(1,), choice=one > 0, logp=0 * one, reward=4.0,
-                           done=True, advantages=one)]
+    return [first, replace(first, context=(1,), reward=4.0, done=True, advantages=one)]
 
 
 ONE_PLAYER = Config(n_envs=1, n_steps=2, gamma=0.5, lam=0.5, minibatches=1)
@@ -760,20 +753,20 @@ ONE_PLAYER = Config(n_envs=1, n_steps=2, gamma=0.5, lam=0.5, minibatches=1)
 
 def test_menu_logp_by_hand():
     """log π over the allowed tokens, −inf elsewhere, in float32: odds 1 : 3 : 4."""
-    logits = t([1, 3, 4]).log().requires_grad_()
-    log_pi = menu_logp(logits, torch.tensor([1, 1, 0]))
-    near(log_pi.exp(), [1 / 4, 3 / 4, 0], "odds 1 : 3 among the allowed", {
-        "not renormalised over the menu": [1 / 8, 3 / 8, 0],
-        "the menu is ignored": [1 / 8, 3 / 8, 1 / 2],
-        "what is not allowed must be -inf": [1 / 5, 3 / 5, 1 / 5],
-        "probabilities, not their logarithms": t([1 / 4, 3 / 4, 0]).exp()}, 1e-6)
-    backward(log_pi[0])
-    near(logits.grad, [3 / 4, -3 / 4, 0], "gradient of log π, 0 where forbidden", tol=1e-6)
-    near(menu_logp(logits, None).exp(), [1 / 8, 3 / 8, 1 / 2], "None allows all", tol=1e-6)
-    rows = menu_logp(torch.full((1, 2, 2), 100.0), torch.tensor([[[1, 1], [0, 1]]]))
-    near(rows.exp(), [[[.5, .5], [0, 1]]], "each row has its own menu", tol=1e-6)
-    dtypes = {log_pi.dtype, menu_logp(logits.bfloat16(), None).dtype}
-    assert dtypes == {torch.float32}, "it must be float32, whatever the logits are"
+    logits = t("1 3 4").log().requires_grad_()
+    log_pi = menu_logp(logits, t("1 1 0"))
+    near(log_pi.exp(), "1/4 3/4 0", "odds 1 : 3 among the allowed", """
+not renormalised over the menu: 1/8 3/8 0
+the menu is ignored: 1/8 3/8 1/2
+what is not allowed must be -inf: 1/5 3/5 1/5
+probabilities, not their logarithms: 1.2840254 2.1170000 1""", 1e-6)
+    backward(log_pi[0, 0])
+    near(logits.grad, "3/4 -3/4 0", "gradient of log π, 0 where forbidden", tol=1e-6)
+    near(menu_logp(logits, None).exp(), "1/8 3/8 1/2", "None allows all", tol=1e-6)
+    rows = menu_logp(t("100 100 | 100 100"), t("1 1 | 0 1"))
+    near(rows.exp(), "1/2 1/2 | 0 1", "each row has its own menu", tol=1e-6)
+    dtype = menu_logp(logits.bfloat16(), None).dtype
+    assert dtype == log_pi.dtype == torch.float32, "whatever the logits are"
 
 
 def test_a_menu_is_a_trie():
@@ -799,33 +792,15 @@ def strange_tokenizer():
 
 
 @pytest.mark.parametrize("prompt, expected", [
-    ("you see", "<bos> ▁you ▁see + ▁eat <eos>"), ("you see\n", "<bos> ▁you ▁see \n + eat <eos>"),
-    ("<bos>you see", "<bos> ▁you ▁see + ▁eat <eos>"),
-    ("you see<eos>\n", "<bos> ▁you ▁see <eos> ▁ \n + eat <eos>")])
+    ("you see", "<bos> ▁you ▁see ▁eat <eos>"), ("<bos>you see", "<bos> ▁you ▁see ▁eat <eos>"),
+    ("you see\n", "<bos> ▁you ▁see \n eat <eos>"),
+    ("you see<eos>\n", "<bos> ▁you ▁see <eos> ▁ \n eat <eos>")])
 def test_an_entry_is_read_as_the_prompts_next_words(prompt, expected):
-    """One bos, no second ▁, no space after a line's end, no eos before the + but a typed one."""
+    """One bos, no second ▁, no space after a line's end, no eos before it but a typed one."""
     tokenizer = strange_tokenizer()
     [entry] = encode_menu(tokenizer, prompt, ("eat",)).entries
-    parts = [tokenizer.convert_ids_to_tokens(ids) for ids in (encode(tokenizer, prompt), entry)]
-    assert [*parts[0], "+", *parts[1]] == expected.split(" ")
-
-
-REFUSED = """
-    act([]) | act(["you", ""]) | act([" "], [MENU]) | act("you") | act(["you"], [[]]) |
-    act(["you"], [["eat", ""]]) | act(["you"], [["eat", "wait", "eat"]]) | act(["you"], MENU) |
-    act(["you"], [["ice-cream", "ice - cream"]]) | act(["you"], ["-"]) | act(["you"], [5]) |
-    act(["you"], []) | act(["you", "see"], [MENU]) | act(["you"], [MENU, MENU]) |
-    act(["you"], [MENU], "best") | act(["you"], None, "glam") | act(["you"], None, "twosome") |
-    act(["you " * 14], [MENU]) | act(["you " * 12]) | small_agent(max_new_tokens=0) |
-    LanguageAgent(None, Mock(eos_token_id=None)) | load_agent("/no/folder", Clock) |
-    load_agent("/no/model.gguf", Clock) | play(small_agent(), Clock, 0) |
-    play(small_agent(), partial(Clock, end=9), 1, max_steps=3) | Config("ppo") |
-    Config(updates=-1) | Config(n_envs=0) | Config(n_steps=0.5) | Config(epochs=0) |
-    Config(minibatches=-1) | Config(n_envs=1, n_steps=3) | Config(gamma=2) | Config(lam=-0.1) |
-    Config(gamma_token=NAN) | Config(lam_token=1.1) | Config(lr=-1.0) | Config(critic_lr=NAN) |
-    Config(kl_stop=-1.0) | Config(updates=0.5) | Config(max_grad_norm=0.0) |
-    encode_menu(strange_tokenizer(), "", ("eat",)) | spoilt().act(["you"], [MENU]) |
-    spoilt().act(["you"]) | poad.take_step(SGD([x], 0.1), NAN * x.sum(), Config())"""
+    ids = encode(tokenizer, prompt) + entry
+    assert tokenizer.convert_ids_to_tokens(ids) == expected.split(" ")
 
 
 def spoilt():
@@ -834,12 +809,11 @@ def spoilt():
     return agent
 
 
-@pytest.mark.parametrize("call", [" ".join(call.split()) for call in REFUSED.split("|")])
-def test_refuses(call):
-    act = small_agent(max_position_embeddings=16).act
-    x = torch.zeros(1, requires_grad=True)
-    with pytest.raises(ValueError):
-        eval(call, globals(), {"act": act, "x": x})
+def updated(logp):
+    """An update of a policy that gives log π, where the one that sampled gave 0."""
+    agent = Told()
+    agent.logp.data.fill_(logp)
+    ppo_update(agent, SGD([agent.logp], 0.1), two_actions(), ONE_PLAYER, rng())
 
 
 def cold():
@@ -857,15 +831,39 @@ def grown():
     return tokenizer
 
 
-@pytest.mark.parametrize("call, words", [
-    ('small_agent("Bert")', "^Bert.* is no causal"),
-    ('small_agent("Lfm2").act(["you"])', "^Lfm2.* not write freely"),
-    ("LanguageAgent(cold(), TOKENIZER)", "^Llama.* samples free text from something else"),
-    ('LanguageAgent(small_lm(), grown()).act(["you jump"], [MENU])', "resize_token_embeddings"),
-    ('small_agent().act(["you"], [["jump", "run"]])', "cannot tell it from another"),
-    ('small_agent().act(["you", "see"], [None, MENU])', "need as many menus, .* or none"),
-    ("solve(abs, 0.0, max_iters=0)", "no fixed point in 0")])
-def test_refuses_in_words(call, words):
+REFUSED = """
+    act([]) | act(["you", ""]) | act([" "], [MENU]) | act("you") | act(["you"], [[]]) |
+    act(["you"], [["eat", ""]]) | act(["you"], [["eat", "wait", "eat"]]) | act(["you"], MENU) |
+    act(["you"], [["ice-cream", "ice - cream"]]) | act(["you"], ["-"]) | act(["you"], [5]) |
+    act(["you"], []) | act(["you", "see"], [MENU]) | act(["you"], [MENU, MENU]) |
+    act(["you", "see"], [None, MENU]) ! need as many menus, .* or none |
+    act(["you"], [["jump", "run"]]) ! cannot tell it from another |
+    act(["you"], [MENU], "best") | act(["you"], None, "glam") | act(["you"], None, "twosome") |
+    act(["you " * 14], [MENU]) | act(["you " * 12]) | small_agent(max_new_tokens=0) |
+    small_agent("Bert", pad_token_id=0) ! ^Bert.* is no causal |
+    small_agent("Lfm2").act(["you"]) ! ^Lfm2.* not write freely |
+    LanguageAgent(cold(), TOKENIZER) ! ^Llama.* samples free text from something else |
+    LanguageAgent(small_lm(), grown()).act(["you jump"], [MENU]) ! resize_token_embeddings |
+    LanguageAgent(None, Mock(eos_token_id=None)) | load_agent("/no/folder", Clock) |
+    load_agent("/no/model.gguf", Clock) | play(small_agent(), Clock, 0) |
+    play(small_agent(), partial(Clock, end=9), 1, max_steps=3) | Config("ppo") |
+    Config(updates=-1) | Config(n_envs=0) | Config(n_steps=0.5) | Config(epochs=0) |
+    Config(minibatches=-1) | Config(n_envs=1, n_steps=3) | Config(gamma=2) | Config(lam=-0.1) |
+    Config(gamma_token=NAN) | Config(lam_token=1.1) | Config(lr=-1.0) | Config(critic_lr=NAN) |
+    Config(kl_stop=-1.0) | Config(updates=0.5) | Config(max_grad_norm=0.0) |
+    encode_menu(strange_tokenizer(), "", ("eat",)) | spoilt().act(["you"], [MENU]) |
+    spoilt().act(["you"]) | updated(0.1) ! did not sample | updated(NAN) ! loss is nan |
+    solve(abs, 0.0, max_iters=0) ! no fixed point in 0"""
+
+
+def act(*args):
+    return small_agent(max_position_embeddings=16).act(*args)
+
+
+@pytest.mark.parametrize("row", [" ".join(row.split()) for row in REFUSED.split("|")])
+def test_refuses(row):
+    """A call and, behind a !, what the message says."""
+    call, _, words = row.partition(" ! ")
     with pytest.raises((ValueError, RuntimeError), match=words):
         eval(call)
 
@@ -874,24 +872,18 @@ def test_a_vocabulary_of_three_words_is_enough():
     LanguageAgent(small_lm(vocab_size=3), TOKENIZER)
 
 
-def test_act_says_an_entry_as_it_is():
-    assert small_agent().act(["you"], [[" wait"]])[0].text == " wait"
-
-
 def test_ppo_policy_loss_of_a_huge_ratio():
-    logp = torch.tensor([[-1.0, -1]], requires_grad=True)
-    old = torch.tensor([[-101.0, -1]])
-    backward(ppo_policy_loss(logp, old, torch.tensor([[0.0, 1]]), torch.ones(1, 2))[0])
-    near(logp.grad, [[0, -0.5]], "an advantage of 0 moves nothing")
+    logp = t("-1 -1").requires_grad_()
+    backward(ppo_policy_loss(logp, t("-101 -1"), t("0 1"), t("1 1"))[0])
+    near(logp.grad, "0 -1/2", "an advantage of 0 moves nothing")
 
 
-@pytest.mark.parametrize("x, size", [(0.3, 6), (10.1, 512)])
-def test_normalize_equal_entries_are_zero(x, size):
-    same = normalize(torch.full((size,), x), torch.ones(size))
+def test_normalize_equal_entries_are_zero():
+    same = normalize(torch.full((512,), 10.1), torch.ones(512))
     assert not same.any(), "entries that are all alike must be 0 exactly"
 
 
-@pytest.mark.parametrize("family", READABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_act_and_evaluate_equal_brute_force(family):
     """In one batch: actions from menus, and free text where the LM can write it."""
     agent = small_agent(family)
@@ -901,121 +893,120 @@ def test_act_and_evaluate_equal_brute_force(family):
     again = torch.stack(agent.evaluate(actions), 1)                         # (B, 2, L)
     menus = MENUS * 4 + [None] * 4
     for action, menu, slots, v in zip(actions, menus, again, judged(agent, actions)):
-        where = f"{action.text!r} after {action.prompt!r}"
         size = len(action.ids)
-        assert menu is None or action.ids == (*ids_of(action.text), EOS)
+        if menu:
+            assert action.text in menu and action.ids == (*ids_of(action.text), EOS)
         expected = brute_force(agent, action.prompt, menu, action.ids)
-        near(slots[:, :size], expected[:2], f"log π and entropy of {where}", tol=1e-4)
-        near(action.logp, slots[0, :size], f"evaluate is not act: {where}", tol=1e-5)
+        near(slots[:, :size], expected[:2], "log π and entropy", tol=1e-4)
+        near(action.logp, slots[0, :size], "evaluate is not act", tol=1e-5)
         features = read(agent.body, action.prompt, action.ids)
-        near(v[:size], agent.head(features)[:, 0], f"v of {where}", tol=1e-4)
-        near(action.choice, expected[2], f"choice of {where}")
+        near(v[:size], agent.head(features)[:, 0], "v before each token", tol=1e-4)
+        near(action.choice, expected[2], "what the trie leaves open")
         assert not slots[:, size:].any(), "padding is 0"
 
 
-@pytest.mark.parametrize("policy", ["token", "action", "glam", "twosome", "free text"])
+def as_drawn(picks, p):
+    """Is this what was drawn from p? n Σ (share − p)² / p is about 1 for each outcome."""
+    share = picks.bincount(minlength=len(p)) / len(picks)
+    return len(picks) * ((share - p) ** 2 / p).mean() < 3
+
+
+@WITH_ALL_POLICIES
 def test_act_samples_what_it_says(policy):
-    agent = small_agent(spread=0.1, max_new_tokens=2)
-    n = 2000
-    if policy == "free text":
-        policy = "token"
-        actions = agent.act(["you"] * n, generator=rng())
-        parts = []                                      # all (w, x), in order, and (eos,)
-        for w in range(EOS):
-            first, second = read(agent.lm, "you", (w, 0)).log_softmax(-1)
-            parts.append(first[w] + second)
-        log_pi = torch.cat([*parts, first[EOS:]])
-        picks = torch.tensor([len(WORDS) * a.ids[0] + sum(a.ids[1:]) for a in actions])
-    else:
-        log_pi = brute_score(agent, "you", NESTED, policy).log_softmax(0)
-        actions = agent.act(["you"] * n, [NESTED] * n, policy, generator=rng())
-        picks = torch.tensor([NESTED.index(action.text) for action in actions])
-    p = log_pi.exp()
-    share = picks.bincount(minlength=len(p)) / n
-    off = (share - p).abs() - 4 * (p * (1 - p) / n).sqrt()
-    assert off.max() < 1 / n, f"{share} is not {p}"
+    agent = small_agent(spread=0.1)
+    log_pi = brute_score(agent, "you", NESTED, policy).log_softmax(0)
+    actions = agent.act(["you"] * 1000, [NESTED] * 1000, policy, rng())
+    picks = torch.tensor([NESTED.index(action.text) for action in actions])
+    assert as_drawn(picks, log_pi.exp())
     logp, entropy = agent.evaluate(actions, policy)
     near(logp.sum(1), log_pi[picks], f"log π(a|o) of {policy}", tol=1e-4)
     near(logp, column(actions, "logp"), "stored and evaluated differ: ratio 1", tol=1e-5)
-    if policy in SCORES:
-        near(entropy[0, 0], -(p * log_pi).sum(), "entropy over the menu", tol=1e-4)
-    assert policy == "token" or logp.shape == (n, 1), "one slot an action"
+    if policy in SCORING:
+        near(entropy[0, 0], -(log_pi.exp() @ log_pi), "entropy over the menu", tol=1e-4)
+    assert policy == "token" or logp.shape == (1000, 1), "one slot an action"
+
+
+def test_free_text_is_sampled_from_what_is_read():
+    """Two tokens (w, x), or eos: outcome |V| w + x, or the last."""
+    agent = small_agent(spread=0.1, max_new_tokens=2)
+    log_pi = []
+    for w in range(EOS):
+        first, second = read(agent.lm, "you", (w, 0)).log_softmax(-1)
+        log_pi.append(first[w] + second)
+    log_pi.append(first[EOS:])
+    actions = agent.act(["you"] * 2000, generator=rng())
+    picks = [len(WORDS) * action.ids[0] + sum(action.ids[1:]) for action in actions]
+    assert as_drawn(torch.tensor(picks), torch.cat(log_pi).exp())
 
 
 def test_choice_is_read_off_the_trie():
     agent = small_agent()
     agent.lm.lm_head.weight.data.mul_(1e4)
-    actions = agent.act(["you see"], [["eat now", "eat the bowl"]], generator=rng())
-    assert not agent.evaluate(actions)[1].any(), "the test wants a policy that is certain"
-    assert actions[0].choice.nonzero().tolist() == [[1]]
+    [action] = agent.act(["you see"], [["eat now", "eat the bowl"]])
+    assert not action.logp.any(), "the test wants a policy that is certain"
+    assert action.choice.nonzero().tolist() == [[1]]
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Gemma2", "Rwkv"])
-@pytest.mark.parametrize("policy", ["glam", "twosome", "token"])
+@pytest.mark.parametrize("policy", ["token", *SCORING])
 def test_score_equals_brute_force(family, policy):
     """GLAM: Σ log p over the whole vocabulary, without eos. TWOSOME: by the number of words.
     Token: Σ log π, restricted to the menu, with eos."""
     agent = small_agent(family)
     agent.train()                                       # GPT-2's dropout is on by default
-    results = {}
-    for name in ("token", *SCORES):
+    scores = {}
+    for name in ("token", *SCORING):
         parts = [brute_score(agent, *pair, name) for pair in zip(PROMPTS, MENUS)]
-        results[name] = torch.cat(parts)
-    expected = results.pop(policy)
-    scores = torch.cat(agent.score(PROMPTS, MENUS, policy))
-    near(scores, expected, "the scores", results, 1e-4)
+        scores[name] = torch.cat(parts)
+    expected = scores.pop(policy)
+    found = torch.cat(agent.score(PROMPTS, MENUS, policy))
+    near(found, expected, f"not {policy}, nor another policy", scores, 1e-4)
     weights = torch.arange(13.0)
-    backward(scores @ weights)
+    backward(found @ weights)
     gradients = torch.autograd.grad(expected @ weights, agent.lm.parameters())
     for x, y in zip(agent.lm.parameters(), gradients):
         near(x.grad, y, "gradient, through a shared prompt too", tol=1e-3)
 
 
-@pytest.mark.parametrize("family, ends", [("GPT2", None), ("Gemma2", [2, 3])])
-def test_free_text(family, ends):
+@pytest.mark.parametrize("family, others", [("GPT2", []), ("Gemma2", [2, 3])])
+def test_free_text(family, others):
     """It ends with eos, with what else the checkpoint ends with, or at its limit."""
     lm = small_lm(family)
-    lm.generation_config.eos_token_id = ends
+    lm.generation_config.eos_token_id = others
     agent = LanguageAgent(lm, TOKENIZER, max_new_tokens=5)
     before = torch.get_rng_state()
-    actions = agent.act(PROMPTS * 25, generator=rng())
+    actions, again = [agent.act(PROMPTS * 25, generator=rng()) for _ in range(2)]
     assert torch.equal(before, torch.get_rng_state()), "the global generator is not ours"
-    ends = {EOS, *(ends or [])}
-    assert {action.ids[-1] for action in actions} >= ends, "the test wants to see them all"
-    for action in actions:
-        words = [token for token in action.ids if token not in ends]
+    for action, same in zip(actions, again):
+        words = [token for token in action.ids if token not in (EOS, *others)]
         assert len(words) == len(action.ids) - 1 or len(words) == 5
-        assert action.text == TOKENIZER.decode(words, skip_special_tokens=True)
-    again = agent.act(PROMPTS * 25, generator=rng())
-    assert [action.ids for action in again] == [action.ids for action in actions], "one seed"
+        assert action.text == TOKENIZER.decode(words, skip_special_tokens=True) == same.text
 
 
 @WITH_ALL_POLICIES
 def test_standing_still(policy, monkeypatch):
     agent = small_agent()
-    rows = []                                           # of each reading
-    agent.lm.register_forward_pre_hook(
-        lambda lm, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
-    encodes = Mock(side_effect=encode)
-    monkeypatch.setattr(poad, "encode", encodes)
+    agent.read = Mock(side_effect=agent.read)
+    monkeypatch.setattr(poad, "encode", Mock(side_effect=encode))
     plain = agent.act(PROMPTS, MENUS, policy, rng())
     with agent.standing_still():
         agent.act(PROMPTS, MENUS, policy)
-        rows.clear()
-        encodes.reset_mock()
+        agent.read.reset_mock()
+        poad.encode.reset_mock()
         second = agent.act(PROMPTS, MENUS, policy, rng())
-        assert not rows and not encodes.called, "what is known was read, or encoded, again"
+        assert not agent.read.called and not poad.encode.called, "what is known"
     near(column(second, "logp"), column(plain, "logp"), "from memory", tol=1e-5)
     agent.evaluate(second[:1] * 9, policy)
-    assert rows and max(rows) <= len(MENU), "read again, and equal rows once"
+    _, rows = agent.read.call_args.args
+    assert len(rows) <= len(MENU), "read again, and equal rows once"
 
 
 # ------------------------------------------------------------------ the update
 
 # two players, two actions each, at most three slots; one has a gap
-MASK = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 1, 1], [1, 1, 0]]).bool()
-VALUES = torch.tensor([[2, NAN, 4], [1, NAN, NAN], [0, 2, 4], [5, 3, NAN]])
-OUTCOME = torch.tensor([[1.0, 2], [0, -1]]), torch.tensor([[1, 0], [0, 0]])
+MASK = t("1 0 1 | 1 0 0 | 1 1 1 | 1 1 0")
+VALUES = t("2 nan 4 | 1 nan nan | 0 2 4 | 5 3 nan")
+OUTCOME = t("1 2 | 0 -1"), t("1 0 | 0 0")
 
 
 def test_assign_by_hand():
@@ -1023,131 +1014,95 @@ def test_assign_by_hand():
     r if nothing follows; its other tokens pass it on."""
     # player 0: 1; 2 | 1, from the end: -1; 0 + ½ (½ · 5 + ½ · -1) = 1
     advantages, returns = assign(Config(gamma=.5, lam=.5), MASK, VALUES, *OUTCOME)
-    right = [[1, 0, 1], [2, 0, 0], [1, 1, 1], [-1, -1, 0]]
-    near(returns, right, "returns of each player's stream", {
-        "the reward was given to the first slot": [[1, 0, 0], [2, 0, 0], [1] * 3, [-1, 0, 0]],
-        "`done` is ignored": [[1.75, 0, 1.75], [2, 0, 0], [1] * 3, [-1, -1, 0]],
-        "λ was applied inside": [[2.5, 0, 1], [2, 0, 0], [2.375, 2.75, 1.5], [1, -1, 0]],
-        "players mixed up: environment b's action t is in row b·T + t":
-            [[1, 0, 1], [3, 0, 0], [0, 0, 0], [-1, -1, 0]]}, 1e-6)
-    near(advantages, torch.where(MASK, returns - VALUES, 0), "they are returns - values", {
-        "returns and advantages swapped": right}, 1e-6)
+    right = "1 0 1 | 2 0 0 | 1 1 1 | -1 -1 0"
+    near(returns, right, "returns of each player's stream", """
+the reward was given to the first slot: 1 0 0 | 2 0 0 | 1 1 1 | -1 0 0
+`done` is ignored: 1.75 0 1.75 | 2 0 0 | 1 1 1 | -1 -1 0
+λ was applied inside: 2.5 0 1 | 2 0 0 | 2.375 2.75 1.5 | 1 -1 0
+players mixed up, environment b's action t is in row b·T + t: 1 0 1 | 3 0 0 | 0 0 0 | -1 -1 0""")
+    near(advantages, torch.where(MASK > 0, returns - VALUES, 0), "they are returns - values",
+         f"returns and advantages swapped: {right}")
 
 
 def test_assign_follows_the_method():
     # naive, λ = 0: an action's end returns r + ½ v', other tokens half of the next one's value
     _, returns = assign(Config("ntpo", gamma=.5, lam=0.0), MASK, VALUES, *OUTCOME)
-    near(returns, [[2, 0, 1], [2, 0, 0], [1, 2, 2.5], [1.5, -1, 0]], "naive", tol=1e-6)
+    near(returns, "2 0 1 | 2 0 0 | 1 2 2.5 | 1.5 -1 0", "naive")
     config = Config("action", gamma=.5, lam=.5)
     _, returns = assign(config, MASK[:, :1], VALUES[:, :1], *OUTCOME)
-    near(returns, [[1], [2], [1], [-1]], "whole actions", tol=1e-6)
+    near(returns, "1 | 2 | 1 | -1", "whole actions")
 
 
 def test_config():
     for config, inside in (
-            (Config(), (1, 1)), (replace(Config("poad"), method="ntpo"), (.95, .95)),
+            (replace(Config("poad"), method="ntpo"), (.95, .95)),
             (replace(Config("ntpo"), gamma=.9), (.9, .95)),
             (Config("ntpo", gamma_token=0.0), (0, .95)), (Config(lam_token=.8), (1, .8))):
         assert config.inside == inside, config
-    assert all(knob.metadata["help"] for knob in fields(Config))
-    with pytest.raises(AttributeError):
-        Config().gamma = 0.5
     assert Config(lr=0.0).step_size == 0 < Config().step_size
 
 
 @pytest.mark.parametrize("lam_token, is_choice, credits", [
-    (1.0, True, [[-.5**.5, -.5**.5], [2**.5, 0]]), (0.0, False, [[-1, 1], [0, 0]])])
+    (1.0, True, "-.7071068 -.7071068 | 1.4142136 0"), (0.0, False, "-1 1 | 0 0")])
 def test_credit_by_hand(lam_token, is_choice, credits):
     """v = 1, cut where it is 6: returns 4 + ½ · 6 = 7 and ½ (½ · 1 + ½ · 7) = 2. Advantages are,
     from the end, 7 − 1 = 6, 2 − 1 = 1, (1 − 1) + λ_w · 1: of 1, 1, 6 mean and deviation are 8/3
     and 5√2/3; of 0, 1, where the last is no choice, ½ and ½."""
-    agent = Told([[1.0, 1], [1, NAN], [6, NAN]])
-    actions = two_actions(slots=1)
+    agent = Told("1 1 | 1 nan | 6 nan")
+    actions = two_actions()
     actions[1].after = (2,)
-    actions[1].choice = torch.tensor([is_choice])
-    credit(agent, actions, replace(ONE_PLAYER, lam_token=1.0))
-    credit(agent, actions, replace(ONE_PLAYER, lam_token=lam_token))
+    actions[1].choice = torch.tensor([is_choice])       # one slot
+    for lam_token in (1.0, lam_token):
+        credit(agent, actions, replace(ONE_PLAYER, lam_token=lam_token))
     near(column(actions, "advantages"), credits, "normalised over choices", tol=1e-6)
-    near(column(actions, "returns"), [[2, 2], [7, 0]], "they stay as they were", tol=1e-6)
+    near(column(actions, "returns"), "2 2 | 7 0", "they stay as they were", tol=1e-6)
     assert actions[1].reward == 4, "what was paid stays as it is"
 
 
 @pytest.mark.parametrize("kl_stop, entropy_coef, logp", [
-    (.01, 0.0, [-.1, .1]), (.011, 0.0, [-.1 - .1 * math.exp(-.1), .1 + .1 * math.exp(.1)]),
-    (.01, 0.5, [-.05, .15])])
+    (.01, 0.0, "-.1 -.1 | .1 .1"), (.011, 0.0, "-.1904837 -.1904837 | .2105171 .2105171"),
+    (.01, 0.5, "-.05 -.05 | .15 .15")])
 def test_one_update_by_hand(kl_stop, entropy_coef, logp):
     """Two choices an action, so the loss is −2 · mean Â ratio, its gradient −½ Â ratio: the first
-    step is ±.1 (entropy adds .2 · ½ · ½); of its two actions Σ ratio − 1 − log ratio is the KL."""
+    step is ∓.1 (entropy adds .2 · ½ · ½), the second ∓.1 e^∓.1. The KL between them is that of
+    two tokens, 2 (e^∓.1 − 1 ± .1), on average e^.1 + e^−.1 − 2 = .01001."""
     agent = Told()
     config = replace(
         ONE_PLAYER, epochs=2, kl_stop=kl_stop, max_grad_norm=INF, entropy_coef=entropy_coef)
     info = ppo_update(agent, SGD([agent.logp], 0.2), two_actions(), config, rng())
-    near(agent.logp, t(logp)[:, None].expand(2, 2), "log π after the update", tol=1e-6)
-    if entropy_coef == 0:
-        near(info["kl"], math.exp(.1) + math.exp(-.1) - 2, "2 (e^±.1 − 1 ∓ .1), mean", tol=1e-6)
+    near(agent.logp, logp, "log π after the update", tol=1e-6)
     assert info["stopped"] == (kl_stop == .01) and info["minibatches"] == 2
-
-
-@pytest.mark.parametrize("logp, words", [(0.1, "did not sample"), (NAN, "loss is nan")])
-def test_ppo_update_refuses(logp, words):
-    agent = Told()
-    agent.logp.data.fill_(logp)
-    with pytest.raises(ValueError, match=words):
-        ppo_update(agent, SGD([agent.logp], 0.1), two_actions(), ONE_PLAYER, rng())
-
-
-def test_ppo_update_makes_as_many_minibatches_as_asked():
-    agent = Told()
-    config = replace(ONE_PLAYER, n_steps=5, minibatches=4, epochs=3)
-    actions = (two_actions() * 3)[:5]
-    info = ppo_update(agent, SGD([agent.logp], 0.0), actions, config, rng())
-    assert info["minibatches"] == 12 and not info["stopped"]
-
-
-@pytest.mark.parametrize("policy_learns", [True, False])
-def test_each_loss_has_its_own_weights(policy_learns):
-    agent = small_agent()
-    actions = agent.act(PROMPTS, MENUS, generator=rng())
-    loss = judged(agent, actions).sum()
-    if policy_learns:
-        for action in actions:
-            action.advantages = action.logp             # like any others
-        loss, _ = poad.minibatch_loss(agent, actions, Config())
-    backward(loss)
-    for name, x in agent.named_parameters():
-        learns = x.grad is not None and bool(x.grad.any())
-        assert learns == (name.startswith("lm.") == policy_learns), name
 
 
 def test_fit_critic():
     agent = LanguageAgent(small_lm(), TOKENIZER)
     actions = agent.act(PROMPTS[:2], [["eat now"], ["wait"]])
     assert not judged(agent, actions).any(), "v = 0 before anything is learnt"
-    actions[0].returns = torch.tensor([0.5, 1, 2])
-    actions[1].returns = torch.tensor([-0.5, -1])
+    actions[0].returns, actions[1].returns = t("0.5 1 2")[0], t("-0.5 -1")[0]
     optimizer = torch.optim.Adam(agent.critic.parameters(), 0.02)
-    loss = fit_critic(agent, optimizer, actions, Config(critic_steps=60), rng())
+    fit_critic(agent, optimizer, actions, Config(critic_steps=60), rng())
     values = judged(agent, actions) * column(actions, "mask")
-    near(values, [[0.5, 1, 2], [-0.5, -1, 0]], "what it was told, before every token", tol=0.2)
-    near(loss, 0, "the last loss", tol=0.02)
+    near(values, "0.5 1 2 | -0.5 -1 0", "what it was told, before every token", tol=0.2)
 
 
 # ------------------------------------------------------------------ playing and training
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_collect(cut):
-    """Two players, three steps; episodes of two steps, which are over or cut."""
-    players = [Player(Clock(name, cut)) for name in ("you", "see")]
+@pytest.mark.parametrize("cut, told", [
+    (False, "you s0: 0, you s1: 1, you s0: 1 you s1, see s0: 0, see s1: 1, see s0: 1 see s1"),
+    (True, "you s0: 0, you s1: 1 you s2, you s0: 1 you s1, "
+           "see s0: 0, see s1: 1 see s2, see s0: 1 see s1")])
+def test_collect(cut, told):
+    """Two players, three steps; episodes of two steps. Told are prompt, done, and what would be
+    read after it, where it was cut: the rollout's end cuts, too."""
+    players = [Player(Clock(name=name, cut=cut)) for name in ("you", "see")]
     episodes = []
     actions = collect(small_agent(), players, Config(n_envs=2, n_steps=3), rng(), episodes)
-    order = ["you s0", "you s1", "you s0", "see s0", "see s1", "see s0"]
-    assert [action.prompt for action in actions] == order, "player by player, step by step"
-    assert [action.done for action in actions] == [False, True, True] * 2
-    after = [None, None, "you s1", None, None, "see s1"]    # the rollout's end cuts, too
-    if cut:
-        after[1::3] = ["you s2", "see s2"]
-    assert [action.after for action in actions] == [text and ids_of(text) for text in after]
+    found = []
+    for action in actions:
+        after = TOKENIZER.decode(action.after or ())
+        found.append(f"{action.prompt}: {action.done:d} {after}".strip())
+    assert ", ".join(found) == told
     paid = [len(action.text) for action in actions]
     assert [action.reward for action in actions] == paid and len(episodes) == 2
 
@@ -1155,14 +1110,13 @@ def test_collect(cut):
 @pytest.mark.parametrize("steps, moves", [(0, False), (30, True)])
 def test_train_fits_the_critic_before_it_judges(monkeypatch, steps, moves):
     """λ_w = 0: a choice gets v after it − v before it, which is 0 for a critic that is new. But
-    that critic learns λ_w = 1: every slot of the first of two actions has r + (γ λ) r'."""
+    that critic learns λ_w = 1: every slot of the first of two actions has r + γ λ r'."""
     rollout = []
-    monkeypatch.setattr(poad, "fit_critic", Mock(
-        side_effect=lambda *args: rollout.extend(args[2]) or fit_critic(*args)))
+    monkeypatch.setattr(
+        poad, "fit_critic", lambda *args: rollout.extend(args[2]) or fit_critic(*args))
     config = Config(
         updates=1, n_envs=4, n_steps=2, critic_steps=steps, entropy_coef=0.0, lam_token=0.0)
-    agent = LanguageAgent(small_lm(), TOKENIZER)
-    [metrics] = train(agent, Clock, config)
+    [metrics] = train(LanguageAgent(small_lm(), TOKENIZER), Clock, config)
     assert (metrics["kl"] > 1e-5) == moves, "the critic judges after it was fitted"
     for first, second in zip(rollout[::2], rollout[1::2]):
         target = first.reward + .95**2 * second.reward
@@ -1186,7 +1140,6 @@ def test_train_where_nothing_can_be_chosen(method):
     expected = dict(update=2, env_steps=12, episodes=6, return_mean=14, success_rate=1,
                     minibatches=0, kl=0, stopped=False)
     assert expected.items() <= metrics.items()
-    assert all(math.isfinite(x) for x in metrics.values())
     for name, x in agent.state_dict().items():
         stays = torch.equal(x, before.state_dict()[name])
         assert stays == name.startswith("lm."), f"{name}: only the critic learns"
@@ -1195,14 +1148,12 @@ def test_train_where_nothing_can_be_chosen(method):
 def test_train_repeats_itself():
     runs = []
     for seed in (0, 0, 1):
-        config = Config(updates=2, n_envs=4, n_steps=1, seed=seed, critic_steps=2)
+        config = Config(updates=2, n_envs=5, n_steps=1, seed=seed, critic_steps=2, kl_stop=INF)
         runs.append(list(train(small_agent(), Clock, config)))
         for metrics in runs[-1]:
             metrics.pop("seconds")
+            assert metrics["minibatches"] == 12, "3 epochs of 4, although there are 5 actions"
     assert runs[0] == runs[1] and runs[0] != runs[2], "one seed, one run"
-    first, second = runs[0]
-    assert first["return_mean"] is None, "no episode has ended"
-    assert second["episodes"] == 4 and second["return_mean"] > 0
 
 
 START = "you", {"menu": MENU}
@@ -1232,28 +1183,27 @@ def test_own_environment_is_told(reset, step, words):
 
 def test_play():
     agent = small_agent(spread=0.1)
-    Clock.seeds.clear()
     played, story = play(agent, Clock, 40)
-    assert Clock.seeds == [poad.seed_of(0, b, exam=1) for b in range(40)], "of 40 environments"
+    assert len(played) == 40
     assert played == play(agent, Clock, 40)[0] != play(agent, Clock, 40, seed=1)[0]
-    assert len(set(played)) > 1 and "you s0" in story and "you s1" in story
+    assert "you s0" in story and "you s1" in story
 
 
 def test_no_environment_is_seeded_like_another():
     Clock.seeds.clear()
-    list(train(small_agent(), Clock, Config(updates=1, n_envs=3, n_steps=4, critic_steps=0)))
-    assert set(Clock.seeds) - {None} == {poad.seed_of(0, b) for b in range(3)}
+    list(train(small_agent(), Clock, Config(updates=1, n_envs=4, n_steps=1)))
+    play(small_agent(), Clock, 4)
+    assert Clock.seeds == [poad.seed_of(0, b, exam) for exam in (0, 1) for b in range(4)]
     seeds = {poad.seed_of(*which) for which in product(range(4), range(2500), (0, 1))}
     assert len(seeds) == 4 * 2500 * 2
 
 
 @pytest.mark.parametrize("name", sorted(set(ENVS) - {"scikit"}))
 def test_tiny_agent_reads_its_environment(name):
-    env_fn = partial(make, name)
-    obs, info = env_fn().reset(seed=0)
-    tokenizer = tiny_agent(env_fn, pretrain_steps=0).tokenizer
-    for text in (obs, *info["menu"]):
-        assert tokenizer.unk_token_id not in tokenizer(text).input_ids, text
+    obs, info = make(name).reset(seed=0)
+    tokenizer = tiny_agent(partial(make, name), pretrain_steps=0).tokenizer
+    ids = tokenizer(" ".join([obs, *info["menu"]])).input_ids
+    assert tokenizer.unk_token_id not in ids
 
 
 def test_poad_learns_to_serve_and_naive_does_not():
@@ -1287,7 +1237,6 @@ def cli(monkeypatch, tmp_path):
 def runs_in(path, typed):
     """The runs of a JSON file, which has no NaN and no Infinity in it: they are not JSON."""
     found = json.loads(Path(path).read_text(), parse_constant=pytest.fail)
-    assert found["command"].startswith("python poad.py --env lunch")
     assert found["command"].endswith(typed)
     return found["runs"]
 
@@ -1296,20 +1245,18 @@ def test_command_line(cli, capsys):
     typed = "--updates 1 --seed 4 --seeds 2 --method poad,glam --kl_stop inf --out new/Infinity.1"
     cli(typed)
     said = capsys.readouterr().out
-    told = []
-    for run in runs_in("new/Infinity.1", typed):
-        config = run["config"]
-        told.append((config["method"], config["seed"]))
-        [metrics] = run["metrics"]
-        assert metrics["env_steps"] == 32 and 0 <= run["exam"]["success_rate"] <= 1
-        assert config["n_steps"] == 16 and config["kl_stop"] is None, "the preset, and inf"
-        lr = METHODS[config["method"]]["lr"]
-        assert config["lr"] == lr
-        assert (f"{config['method']}, seed {config['seed']}: tiny on {config['device']}, "
-                f"step sizes {lr} (LM) and 0.001 (critic)") in said
-    assert sorted(told) == [("glam", 4), ("glam", 5), ("poad", 4), ("poad", 5)]
+    runs = runs_in("new/Infinity.1", typed)
+    told = ["poad, seed 4", "glam, seed 4", "poad, seed 5", "glam, seed 5"]
+    assert re.findall(r"\w+, seed \d", said) == told and len(runs) == 4
+    config = runs[0]["config"]
+    [metrics] = runs[0]["metrics"]
+    assert metrics["env_steps"] == 32 and runs[0]["exam"]["episodes"] == 100
+    assert config["n_steps"] == 16 and config["kl_stop"] is None, "the preset, and inf"
+    assert config["lr"] == METHODS["poad"]["lr"]
+    assert (f"poad, seed 4: tiny on {config['device']}, "
+            "step sizes 0.001 (LM), 0.001 (critic)") in said
     assert cli.tiny_lm.call_count == 2, "one start for all methods"
-    assert Path("new/Infinity.1.png").stat().st_size > 1000
+    assert Path("new/Infinity.1.png").exists()
     assert "→" in said and "salad" in said, "a transcript"
 
 
@@ -1332,20 +1279,16 @@ def test_command_line_builds_the_environment():
         env_fn, runs = poad.prepare(poad.parse(typed.split()))
         return env_fn().reset(seed=0)[0], env_fn(), runs
     obs, env, runs = prepared(
-        "--env orders --env_options slots=2,words=3,guests=1 --critic_steps 5 --lam_token 0.8")
-    assert len(env.menu()) == 9 and "no more" in obs
-    assert runs[-1].critic_steps == 5 and runs[-1].inside == (1, 0.8)
+        "--env orders --env_options slots=2,words=3 --critic_steps 5 --lam_token 0.8")
+    assert len(env.menu()) == 9 and "no more" in obs, "one guest, as the preset says"
+    assert len(runs) == 3 and runs[-1].critic_steps == 5 and runs[-1].inside == (1, 0.8)
     assert "pizza" in prepared("--env_options item=pizza")[0]
-    obs, _, runs = prepared("--env orders")
-    assert "no more" in obs and len(runs) == 3, "what PRESETS says"
-    obs, env, runs = prepared("--env orders --method poad --env_options slots=2")
-    assert len(runs) == 1 and "no more" in obs, "still one guest"
-    assert len(env.menu()) == 16
+    obs, _, runs = prepared("--env orders --method poad --env_options guests=2")
+    assert len(runs) == 1 and "no more" not in obs, "what is typed goes before a preset"
 
 
 @pytest.mark.parametrize("typed, words", [
-    ("--env orders", "side by side (default: 128)"), ("--model x", "(default: 5e-05)"),
-    ("", "side by side (default: 16)")])
+    ("--env orders", "side by side (default: 128)"), ("--model x", "(default: 5e-05)")])
 def test_help_shows_what_will_be_used(monkeypatch, typed, words):
     """Also where stdout cannot be reconfigured, as in a notebook's %run."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())
@@ -1354,7 +1297,6 @@ def test_help_shows_what_will_be_used(monkeypatch, typed, words):
         runpy.run_path(poad.__file__, run_name="__main__")
     said = " ".join(sys.stdout.getvalue().split())
     assert stop.value.code == 0 and words in said
-    assert all(f"--{knob.name} " in said for knob in fields(poad.Options))
 
 
 def test_command_line_keeps_what_was_measured(cli, monkeypatch):
@@ -1380,53 +1322,37 @@ def test_command_line_saves_and_examines(cli, monkeypatch):
     load = Mock(side_effect=poad.load_lm)
     monkeypatch.setattr(poad, "load_lm", load)
     cli("--method poad --updates 0 --seeds 2 --model kept/poad-0 --out again")
-    again, other = runs_in("again", "again")
-    assert again["metrics"] == [] and other["config"]["seed"] == 1
-    assert again["exam"] == trained["exam"], "the same model, the same exam"
+    again, _ = runs_in("again", "again")
+    assert again["metrics"] == [] and again["exam"] == trained["exam"], "one model, one exam"
     assert load.call_count == cli.tiny_lm.call_count == 1, "read once, for both seeds"
 
 
 def test_report_by_hand(tmp_path, capsys):
-    """Rates 1, 1, .4: mean .8, deviation √.12, t = 4.30, so ± 4.3 √.12 / √3 = 4.3 · .2."""
-    runs = []
-    for rate in (1.0, 1.0, 0.4):
-        config = {"method": "poad", "env": "lunch"}
-        exam = poad.summary([(-3.0, rate)]) | {"episodes": 100}
-        runs.append({"config": config, "exam": exam, "metrics": []})
-    poad.report(runs, tmp_path / "x.png")
-    *_, row, _ = capsys.readouterr().out.splitlines()
-    assert row.split("  ")[-2:] == ["0.80 ± 0.86 (1 fail)", "-3.00 ± 0.00"] or row
-    assert poad.interval([1, 3]) == "2.00 ± 12.71" and poad.success([0.5]) == "0.50"
+    """Rates 1, 1, .4: mean .8, deviation √.12, t = 4.3, and ± 4.3 √.12 / √3 = 4.3 · .2."""
+    run = {"config": {"method": "poad", "env": "lunch"}, "metrics": []}
+    exams = [dict(return_mean=-3.0, success_rate=x, episodes=100) for x in (1.0, 1.0, 0.4)]
+    poad.report([run | {"exam": exam} for exam in exams], tmp_path / "x.png")
+    row = " ".join(capsys.readouterr().out.split())
+    assert "poad 0.80 ± 0.86 (1 fail) -3.00 ± 0.00 " in row
+    assert poad.success([0.5]) == "0.50"
 
 
 def test_save_and_load(tmp_path):
     agent = small_agent()
     agent.save(tmp_path)
-    loaded = load_agent(str(tmp_path), Clock, train_layers=1)
+    loaded = load_agent(str(tmp_path), Clock)
     rows = [(ids_of("you see"), ids_of("eat"))]
     near(loaded.judge(rows), agent.judge(rows), "the critic", tol=1e-6)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for lm in (loaded.lm, plain):
+    for lm in (loaded.lm, AutoModelForCausalLM.from_pretrained(tmp_path)):
         near(read(lm, "you", [3]), read(agent.lm, "you", [3]), "logits", tol=1e-5)
-    list(train(loaded, Clock, Config(updates=1, n_envs=2, n_steps=2, lr=0.01, critic_steps=2)))
-    for name, x in loaded.state_dict().items():
-        same = torch.equal(x, agent.state_dict()[name])
-        learns = ".1." in name or name.startswith("head")
-        assert same != learns, f"{name}: the last layer learns, and the critic's head"
     torch.save({"head.bias": torch.zeros(1)}, tmp_path / "critic.pt")
     with pytest.raises(ValueError, match="of another model"):
-        load_agent(str(tmp_path), Clock)
-    (tmp_path / "critic.pt").write_bytes(b"half")
-    with pytest.raises(ValueError, match="cannot load"):
         load_agent(str(tmp_path), Clock)
 
 
 def test_train_layers_are_the_language_models():
-    vision = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4,
-                  num_hidden_layers=1, image_size=28, patch_size=14)
-    config = transformers.Gemma3Config(
-        text_config=SIZES, vision_config=vision, mm_tokens_per_image=4,
-        image_token_id=5, boi_token_id=6, eoi_token_id=7)
+    vision = SIZES | dict(image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=SIZES, vision_config=vision)
     lm = AutoModelForCausalLM.from_config(config)
     agent = load_agent("any", None, train_layers=1, load=lambda *_: (lm, TOKENIZER))
     for name, x in [*agent.lm.named_parameters(), *agent.body.named_parameters()]:
@@ -1463,28 +1389,26 @@ def verl(monkeypatch):
     return space
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
 def test_readme_has_bad_for_verl(verl, dtype):
     # the stream of test_gae_by_hand, with an observation (9) after each of its two actions
-    r, v, mask = torch.tensor([[[0, 2, 9, 0, 4, 9]], [[1, 2, 9, 3, 4, 9]], [[1, 1, 0, 1, 1, 0]]])
+    r, v, mask = t("0 2 9 0 4 9 | 1 2 9 3 4 9 | 1 1 0 1 1 0")[:, None]
     _, returns = verl["bad"](r, v.bfloat16(), mask.to(dtype), 0.5, 0.25)
-    near(returns[mask == 1], RETURNS, "not BAD: λ inside an action, or its end elsewhere?")
+    near(returns[mask == 1], t(RETURNS).flatten(), "not BAD: λ inside, or an end elsewhere?")
     assert returns.dtype == torch.float32, "half precision is too coarse for sums"
 
 
 def test_readme_has_verls_numbers(verl):
     """Those of verl's own GAE if γ_w = γ and λ_w = λ."""
     # made by verl's own functions with γ = .9, λ = .8; the masked slot holds a value, too
-    r = t([[-120, 970, -300, -300, 533, 2332, 682, 0, -300, -300]]) / 1000
-    v = t([[-1953, -1687, -1100, 359, -1149, 1801, 386, -432, 795, 393]]) / 1000
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 1, 1]])
-    right = t([1.168329, 1.477668, .851753, .406974, 1.987441, .282852, -.192162, -.955798,
-               -.648236])
+    r, v, mask = t("""-.12 .97 -.3 -.3 .533 2.332 .682 0 -.3 -.3 |
+        -1.953 -1.687 -1.1 .359 -1.149 1.801 .386 -.432 .795 .393 | 1 1 1 1 1 1 1 0 1 1""")[:, None]
+    right = t("1.168329 1.477668 .851753 .406974 1.987441 .282852 -.192162 -.955798 -.648236")
     verl["bad_discounts"] = lambda end, done, gamma: bad_discounts(end, done, gamma, gamma)
     advantages, _ = verl["bad"](
         token_level_rewards=r, values=v, response_mask=mask, gamma=0.9, lam=0.8)  # as verl calls it
     right = (right - right.mean()) / right.std()        # with its other row it was whitened
-    near(advantages[mask == 1], right, "not verl's own GAE, whitened", tol=1e-4)
+    near(advantages[mask == 1], right[0], "not verl's own GAE, whitened", tol=1e-4)
 
 
 # ------------------------------------------------------------------ tabular environments
@@ -1805,11 +1729,10 @@ def test_assign_takes_masks_of_any_type(dtype):
     # A₃ = 0, A₂ = 1 + ¼·0, A₁ = 1½ + ½·1, A₀ = 1 + ¼·2
     config = Config(gamma=.5, lam=1.0, lam_token=.25)
     mask = torch.ones(2, 2).to(dtype)
-    done = torch.tensor([[0, 1]]).to(dtype)
-    advantages, _ = assign(config, mask, t([[1, 2], [3, 4]]), t([[2, 4]]), done)
-    near(advantages, [[1.5, 2], [1, 0]], "A = δ + γ_w λ_w A' inside an action", {
-        "λ_w ignored": [[3, 2], [1, 0]],
-        "returns and advantages swapped": [[2.5, 4], [4, 4]]})
+    advantages, _ = assign(config, mask, t("1 2 | 3 4"), t("2 4"), t("0 1").to(dtype))
+    near(advantages, "1.5 2 | 1 0", "A = δ + γ_w λ_w A' inside an action", """
+λ_w ignored: 3 2 | 1 0
+returns and advantages swapped: 2.5 4 | 4 4""")
 
 
 # ------------------------------------------------------------------ course kit
