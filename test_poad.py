@@ -792,15 +792,16 @@ def strange_tokenizer():
 
 
 @pytest.mark.parametrize("prompt, expected", [
-    ("you see", "<bos> ▁you ▁see ▁eat <eos>"), ("<bos>you see", "<bos> ▁you ▁see ▁eat <eos>"),
-    ("you see\n", "<bos> ▁you ▁see \n eat <eos>"),
-    ("you see<eos>\n", "<bos> ▁you ▁see <eos> ▁ \n eat <eos>")])
+    ("you see", "<bos> ▁you ▁see + ▁eat <eos>"), ("<bos>you see", "<bos> ▁you ▁see + ▁eat <eos>"),
+    ("you see\n", "<bos> ▁you ▁see \n + eat <eos>"),
+    ("<bos>you see<eos>", "<bos> ▁you ▁see <eos> + ▁ ▁eat <eos>")])
 def test_an_entry_is_read_as_the_prompts_next_words(prompt, expected):
-    """One bos, no second ▁, no space after a line's end, no eos before it but a typed one."""
+    """One bos, no second ▁, no space after a line's end, no eos before the + but a typed one."""
     tokenizer = strange_tokenizer()
     [entry] = encode_menu(tokenizer, prompt, ("eat",)).entries
-    ids = encode(tokenizer, prompt) + entry
-    assert tokenizer.convert_ids_to_tokens(ids) == expected.split(" ")
+    parts = encode(tokenizer, prompt), entry
+    found = [" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in parts]
+    assert " + ".join(found) == expected
 
 
 def spoilt():
@@ -1055,7 +1056,7 @@ def test_credit_by_hand(lam_token, is_choice, credits):
     for lam_token in (1.0, lam_token):
         credit(agent, actions, replace(ONE_PLAYER, lam_token=lam_token))
     near(column(actions, "advantages"), credits, "normalised over choices", tol=1e-6)
-    near(column(actions, "returns"), "2 2 | 7 0", "they stay as they were", tol=1e-6)
+    near(column(actions, "returns"), "2 2 | 7 0", "they stay as they were")
     assert actions[1].reward == 4, "what was paid stays as it is"
 
 
@@ -1342,7 +1343,7 @@ def test_save_and_load(tmp_path):
     agent.save(tmp_path)
     loaded = load_agent(str(tmp_path), Clock)
     rows = [(ids_of("you see"), ids_of("eat"))]
-    near(loaded.judge(rows), agent.judge(rows), "the critic", tol=1e-6)
+    near(loaded.judge(rows), agent.judge(rows), "the critic")
     for lm in (loaded.lm, AutoModelForCausalLM.from_pretrained(tmp_path)):
         near(read(lm, "you", [3]), read(agent.lm, "you", [3]), "logits", tol=1e-5)
     torch.save({"head.bias": torch.zeros(1)}, tmp_path / "critic.pt")
