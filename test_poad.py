@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tokenize
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product, repeat
 from pathlib import Path
