@@ -38,10 +38,10 @@ import envs
 import poad
 from envs import ENVS, Player, TokenMDP, lunch_mdp, make, random_mdp
 from poad import (
-    action_backup, action_policy, assign, bad_backup, bad_discounts, collect, column, credit,
-    encode, encode_menu, fit_critic, gae, load_agent, masked_mean, menu_logp, normalize, play,
-    ppo_policy_loss, ppo_update, solve, state_values, tiny_agent, token_backup, train, value_loss,
-    Action, Config, LanguageAgent, METHODS)
+    METHODS, Action, Config, LanguageAgent, action_backup, action_policy, assign, bad_backup,
+    bad_discounts, collect, column, credit, encode, encode_menu, fit_critic, gae, load_agent,
+    masked_mean, menu_logp, normalize, play, ppo_policy_loss, ppo_update, solve, state_values,
+    tiny_agent, token_backup, train, value_loss)
 
 torch.set_num_threads(1)  # what is tested is small: more threads only wait for each other
 INF = math.inf
@@ -701,6 +701,7 @@ def brute_score(agent, prompt, menu, policy):
 
 class Clock:
     """Shows how often it was acted on; after `end` times it is over, or `cut`."""
+
     name = "you"
     cut = False
     menu = MENU
@@ -723,8 +724,11 @@ class Clock:
 
 
 class Told:
-    """A critic that is a table of v, a row for each one-token prompt; a policy that is a table
-    of log π, 0 at first."""
+    """A critic that is a table of v, a policy that is a table of log π, 0 at first.
+
+    Both have a row for each of the one-token prompts 0, 1, ...
+    """
+
     def __init__(self, values="0"):
         self.v = t(values)
         self.logp = torch.zeros(2, 2, requires_grad=True)
@@ -952,7 +956,9 @@ def test_choice_is_read_off_the_trie():
 @pytest.mark.parametrize("policy", ["token", *SCORING])
 def test_score_equals_brute_force(family, policy):
     """GLAM: Σ log p over the whole vocabulary, without eos. TWOSOME: by the number of words.
-    Token: Σ log π, restricted to the menu, with eos."""
+
+    Token: Σ log π, restricted to the menu, with eos.
+    """
     agent = small_agent(family)
     agent.train()                                       # GPT-2's dropout is on by default
     scores = {}
@@ -1011,8 +1017,10 @@ OUTCOME = t("1 2 | 0 -1"), t("1 0 | 0 0")
 
 
 def test_assign_by_hand():
-    """γ = λ = ½, γ_w = λ_w = 1: the return at an action's end is r + γ ((1 − λ) v' + λ G'), or
-    r if nothing follows; its other tokens pass it on."""
+    """γ = λ = ½, γ_w = λ_w = 1: at an action's end the return is r + γ ((1 − λ) v' + λ G').
+
+    It is r if nothing follows; an action's other tokens pass it on.
+    """
     # player 0: 1; 2 | 1, from the end: -1; 0 + ½ (½ · 5 + ½ · -1) = 1
     advantages, returns = assign(Config(gamma=.5, lam=.5), MASK, VALUES, *OUTCOME)
     right = "1 0 1 | 2 0 0 | 1 1 1 | -1 -1 0"
@@ -1046,15 +1054,17 @@ def test_config():
 @pytest.mark.parametrize("lam_token, is_choice, credits", [
     (1.0, True, "-.7071068 -.7071068 | 1.4142136 0"), (0.0, False, "-1 1 | 0 0")])
 def test_credit_by_hand(lam_token, is_choice, credits):
-    """v = 1, cut where it is 6: returns 4 + ½ · 6 = 7 and ½ (½ · 1 + ½ · 7) = 2. Advantages are,
-    from the end, 7 − 1 = 6, 2 − 1 = 1, (1 − 1) + λ_w · 1: of 1, 1, 6 mean and deviation are 8/3
-    and 5√2/3; of 0, 1, where the last is no choice, ½ and ½."""
+    """v = 1, cut where it is 6: returns 4 + ½ · 6 = 7 and ½ (½ · 1 + ½ · 7) = 2.
+
+    Advantages are, from the end, 7 − 1 = 6, 2 − 1 = 1, (1 − 1) + λ_w · 1: of 1, 1, 6 mean and
+    deviation are 8/3 and 5√2/3; of 0, 1, where the last is no choice, ½ and ½.
+    """
     agent = Told("1 1 | 1 nan | 6 nan")
     actions = two_actions()
     actions[1].after = (2,)
     actions[1].choice = torch.tensor([is_choice])       # one slot
-    for lam_token in (1.0, lam_token):
-        credit(agent, actions, replace(ONE_PLAYER, lam_token=lam_token))
+    for given in (1.0, lam_token):                      # before the critic is fitted, and after
+        credit(agent, actions, replace(ONE_PLAYER, lam_token=given))
     near(column(actions, "advantages"), credits, "normalised over choices", tol=1e-6)
     near(column(actions, "returns"), "2 2 | 7 0", "they stay as they were")
     assert actions[1].reward == 4, "what was paid stays as it is"
@@ -1064,9 +1074,11 @@ def test_credit_by_hand(lam_token, is_choice, credits):
     (.01, 0.0, "-.1 -.1 | .1 .1"), (.011, 0.0, "-.1904837 -.1904837 | .2105171 .2105171"),
     (.01, 0.5, "-.05 -.05 | .15 .15")])
 def test_one_update_by_hand(kl_stop, entropy_coef, logp):
-    """Two choices an action, so the loss is −2 · mean Â ratio, its gradient −½ Â ratio: the first
-    step is ∓.1 (entropy adds .2 · ½ · ½), the second ∓.1 e^∓.1. The KL between them is that of
-    two tokens, 2 (e^∓.1 − 1 ± .1), on average e^.1 + e^−.1 − 2 = .01001."""
+    """Two choices an action, so the loss is −2 · mean Â ratio, its gradient −½ Â ratio.
+
+    The first step is ∓.1 (entropy adds .2 · ½ · ½), the second ∓.1 e^∓.1. The KL between them is
+    that of two tokens, 2 (e^∓.1 − 1 ± .1), on average e^.1 + e^−.1 − 2 = .01001.
+    """
     agent = Told()
     config = replace(
         ONE_PLAYER, epochs=2, kl_stop=kl_stop, max_grad_norm=INF, entropy_coef=entropy_coef)
@@ -1094,8 +1106,10 @@ def test_fit_critic():
     (True, "you s0: 0, you s1: 1 you s2, you s0: 1 you s1, "
            "see s0: 0, see s1: 1 see s2, see s0: 1 see s1")])
 def test_collect(cut, told):
-    """Two players, three steps; episodes of two steps. Told are prompt, done, and what would be
-    read after it, where it was cut: the rollout's end cuts, too."""
+    """Two players, three steps; episodes of two steps.
+
+    Told are prompt, done, and what comes next where it was cut: the rollout's end cuts, too.
+    """
     players = [Player(Clock(name=name, cut=cut)) for name in ("you", "see")]
     episodes = []
     actions = collect(small_agent(), players, Config(n_envs=2, n_steps=3), rng(), episodes)
@@ -1110,8 +1124,10 @@ def test_collect(cut, told):
 
 @pytest.mark.parametrize("steps, moves", [(0, False), (30, True)])
 def test_train_fits_the_critic_before_it_judges(monkeypatch, steps, moves):
-    """λ_w = 0: a choice gets v after it − v before it, which is 0 for a critic that is new. But
-    that critic learns λ_w = 1: every slot of the first of two actions has r + γ λ r'."""
+    """λ_w = 0: a choice gets v after it − v before it, which is 0 for a critic that is new.
+
+    But that critic learns λ_w = 1: every slot of the first of two actions has r + γ λ r'.
+    """
     rollout = []
     monkeypatch.setattr(
         poad, "fit_critic", lambda *args: rollout.extend(args[2]) or fit_critic(*args))
