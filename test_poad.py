@@ -6,7 +6,9 @@ import ast
 import copy
 import doctest
 import importlib
+import io
 import json
+import runpy
 import math
 import multiprocessing
 import os
@@ -20,9 +22,9 @@ import time
 import tokenize
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache, partial
-from itertools import repeat
+from itertools import product, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -44,9 +46,9 @@ import poad
 from envs import ENVS, Player, TokenMDP, lunch_mdp, make, random_mdp
 from poad import (
     action_backup, action_policy, assign, bad_backup, bad_discounts, collect, column, credit,
-    encode, encode_menu, fit_critic, gae, inside, load_agent, masked_mean, measure_trust, menu_logp,
-    normalize, play, ppo_policy_loss, ppo_update, solve, state_values, tiny_agent, token_backup,
-    train, value_loss, Action, Config, LanguageAgent, METHODS)
+    encode, encode_menu, fit_critic, gae, load_agent, masked_mean, menu_logp, normalize, play,
+    ppo_policy_loss, ppo_update, solve, state_values, tiny_agent, token_backup, train, value_loss,
+    Action, Config, LanguageAgent, METHODS)
 
 torch.set_num_threads(1)  # what is tested is small: more threads only wait for each other
 INF = math.inf
@@ -730,37 +732,41 @@ EOS = WORDS.index("<eos>")
 MENU = ["put the salad in the bowl", "wait", "put the bowl in the salad", "eat ice-cream now"]
 NESTED = ["eat ice-cream", "eat ice-cream now", "wait", "eat"]          # an entry begins another
 PROMPTS = ["you", "you see the bowl", "wait", "you see the salad in the bowl"]
-MENUS = [MENU, NESTED, NESTED, ["eat the salad now"]]
+MENUS = [MENU, NESTED, NESTED, [" eat the salad now"]]
 FAMILIES = {                        # of LMs: with what they have of their own
     "Llama": {}, "GPT2": {}, "Bloom": {}, "Cohere": {}, "Gemma2": dict(sliding_window=4),
-    "Mistral": dict(sliding_window=4), "GptOss": dict(num_local_experts=4, sliding_window=4),
+    "GptOss": dict(num_local_experts=4, sliding_window=4),
     "Lfm2": dict(layer_types=["conv", "full_attention"], conv_L_cache=3),
-    "Rwkv": dict(attention_hidden_size=32), "Bert": dict(pad_token_id=0)}
-READABLE = sorted(set(FAMILIES) - {"Bert"})
-ON_TWO_FAMILIES = pytest.mark.parametrize("family", ["GPT2", "Gemma2"])
-WITH_ALL_POLICIES = pytest.mark.parametrize("policy", ["token", "action", "glam", "twosome"])
+    "Rwkv": dict(attention_hidden_size=32)}
+SCORING = ["glam", "twosome"]
+WITH_ALL_POLICIES = pytest.mark.parametrize("policy", ["token", "action", *SCORING])
 
 # a token a word, but "ice-cream" is three; token 0 is a word and the padding, too
 CORE = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
 CORE.pre_tokenizer = pre_tokenizers.Whitespace()
 TOKENIZER = PreTrainedTokenizerFast(
     tokenizer_object=CORE, unk_token="<unk>", eos_token="<eos>", pad_token="wait")
+SIZES = dict(
+    vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=None,
+    bos_token_id=None, eos_token_id=None)
 
 
-def small_agent(family="Llama", spread=0.2, fresh=False, max_new_tokens=5, **own):
-    """A random LM, the sharper the larger `spread`; a critic that is random or `fresh`, 0."""
-    sizes = dict(
-        vocab_size=len(WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=spread,
-        pad_token_id=None, bos_token_id=None, eos_token_id=None)
-    config = getattr(transformers, f"{family}Config")(**sizes | FAMILIES[family] | own)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+def small_lm(family="Llama", spread=0.2, **own):
+    """A random LM, the sharper the larger `spread`, with a checkpoint's habits of sampling."""
+    own = FAMILIES.get(family, {}) | own
+    config = getattr(transformers, f"{family}Config")(
+        **SIZES | own, initializer_range=spread)
+    with envs.seeded(0):
         lm = AutoModelForCausalLM.from_config(config)
-        lm.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
-        agent = LanguageAgent(lm, TOKENIZER, max_new_tokens)
-        if not fresh:
-            torch.nn.init.normal_(agent.head.weight)
+    lm.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=5.0)
+    return lm
+
+
+def small_agent(*args, max_new_tokens=5, **own):
+    """An agent with a `small_lm`, whose critic is random."""
+    agent = LanguageAgent(small_lm(*args, **own), TOKENIZER, max_new_tokens)
+    torch.nn.init.normal_(agent.head.weight, generator=rng())
     return agent
 
 
@@ -769,7 +775,11 @@ def rng():
 
 
 def ids_of(text):
-    return TOKENIZER(text).input_ids
+    return tuple(TOKENIZER(text).input_ids)
+
+
+def judged(agent, actions):
+    return agent.judge([action.before for action in actions])
 
 
 def read(model, prompt, ids):
@@ -779,53 +789,46 @@ def read(model, prompt, ids):
     return out[0, len(begin) - 1:-1]
 
 
-def brute_force(agent, prompt, menu, text):
-    """log π and entropy of an entry's tokens, eos included: (2, L)."""
-    own = ids_of(text) + [EOS]
-    entries = [ids_of(x) + [EOS] for x in menu]
+def brute_force(agent, prompt, menu, ids):
+    """log π, entropy and choice of written tokens, eos included, (3, L); without a menu: None."""
     columns = []
-    for j, logits in enumerate(read(agent.lm, prompt, own)):
-        allowed = sorted({entry[j] for entry in entries if entry[:j] == own[:j]})
-        log_pi = logits[allowed].log_softmax(-1)
-        entropy = -(log_pi.exp() * log_pi).sum()
-        columns.append(torch.stack([log_pi[allowed.index(own[j])], entropy]))
+    for j, logits in enumerate(read(agent.lm, prompt, ids)):
+        allowed = set(range(len(WORDS)))
+        if menu:
+            entries = [(*ids_of(text), EOS) for text in menu]
+            allowed = {entry[j] for entry in entries if entry[:j] == ids[:j]}
+        among = logits[list(allowed)]
+        logp = logits[ids[j]] - among.logsumexp(0)
+        entropy = torch.distributions.Categorical(logits=among).entropy()
+        columns.append(torch.stack([logp, entropy, torch.tensor(float(len(allowed) > 1))]))
     return torch.stack(columns, 1)
 
 
-SCORES = {                          # from log p of an entry's tokens, eos last: right and wrong
-    "glam": lambda logp, text: logp[:-1].sum(),
-    "twosome": lambda logp, text: logp[:-1].sum() / len(text.split()),
-    "eos is counted": lambda logp, text: logp.sum(),
-    "a mean over tokens, not over words": lambda logp, text: logp[:-1].mean(),
-    "the prompt is not read: from the second token on": lambda logp, text: logp[1:-1].sum()}
-
-
-def brute_score(agent, prompt, menu, name):
-    """One of SCORES for every entry of a menu, (A,)."""
+def brute_score(agent, prompt, menu, policy):
+    """The score of every entry of a menu, (A,): GLAM's and TWOSOME's is without eos."""
     scores = []
     for text in menu:
-        ids = ids_of(text) + [EOS]
-        logp = read(agent.lm, prompt, ids).log_softmax(-1)[range(len(ids)), ids]
-        scores.append(SCORES[name](logp, text))
+        ids = (*ids_of(text), EOS)
+        score = brute_force(agent, prompt, menu, ids)[0].sum()
+        if policy in SCORING:
+            score = brute_force(agent, prompt, None, ids)[0, :-1].sum()
+        if policy == "twosome":
+            score = score / len(text.split())
+        scores.append(score)
     return torch.stack(scores)
-
-
-def brute_policy(agent, prompt, menu, policy):
-    """log π of every entry of a menu, (A,)."""
-    if policy in SCORES:
-        return brute_score(agent, prompt, menu, policy).log_softmax(-1)
-    return torch.stack([brute_force(agent, prompt, menu, text)[0].sum() for text in menu])
 
 
 class Clock:
     """Shows how often it was acted on; after `end` times it is over, or `cut`."""
+
+    name = "you"
+    cut = False
+    menu = MENU
+    end = 2
     seeds = []                                          # of all clocks
 
-    def __init__(self, name="you", cut=False, menu=MENU, end=2):
-        self.name = name
-        self.cut = cut
-        self.menu = menu
-        self.end = end
+    def __init__(self, **own):
+        vars(self).update(own)
 
     def reset(self, seed=None):
         self.seeds.append(seed)
@@ -835,47 +838,37 @@ class Clock:
     def step(self, action):
         self.clock += 1
         end = self.clock == self.end
-        info = {"menu": self.menu, "success": True}
-        obs = f"{self.name} s{self.clock}"
-        return obs, len(action), end and not self.cut, end and self.cut, info
-
-
-def one_step(agent, config):
-    """A rollout of 12 players who act once and get a reward for their words, and its credit."""
-    actions = agent.act(["you s0"] * 12, [MENU] * 12, config.policy, generator=rng())
-    for action in actions:
-        action.reward = float(len(action.text))
-        action.done = True
-    credit(agent, actions, config, measure_trust(agent, actions, config))
-    return actions
+        return (f"{self.name} s{self.clock}", len(action), end and not self.cut,
+                end and self.cut, {"menu": self.menu, "success": True})
 
 
 class Told:
-    """Of the prompts "0" and "1", with two slots each: a critic that is a table of v, and a
-    policy that is a table of log π, 0 at first."""
-    def __init__(self, values):
-        self.v = torch.tensor(values)
+    """A critic that is a table of v, a policy that is a table of log π, 0 at first.
+
+    Both have a row for each of the one-token prompts 0, 1, ...
+    """
+
+    def __init__(self, values="0"):
+        self.v = t(values)
         self.logp = torch.zeros(2, 2, requires_grad=True)
 
-    def judge(self, prompts, prefixes):
-        return self.v[[int(prompt) for prompt in prompts]]
-
-    def values(self, prompts):
-        return self.judge(prompts, None)[:, 0]
+    def judge(self, rows):
+        width = 1 + max(len(prefix) for _, prefix in rows)
+        return self.v[[prompt for (prompt,), _ in rows], :width]
 
     def evaluate(self, actions, policy):
-        logp = self.logp[[int(action.prompt) for action in actions]]
+        logp = self.logp[[action.context[0] for action in actions]]
         return logp, 2 + logp                           # an entropy like any other
 
 
+def two_actions():
+    """Of one player, after the prompts 0 and 1, two slots each; the second pays 4."""
+    one = torch.ones(2)
+    first = Action("0", (0,), None, "eat", (6, EOS), one > 0, 0 * one, advantages=-one)
+    return [first, replace(first, context=(1,), reward=4.0, done=True, advantages=one)]
+
+
 ONE_PLAYER = Config(n_envs=1, n_steps=2, gamma=0.5, lam=0.5, minibatches=1)
-
-
-def two_actions(after=None):
-    """Of one player, on the prompts "0" and "1"; the second pays 4 and ends the episode."""
-    choice = torch.tensor([True, True])
-    first = Action("0", None, "eat", (6, EOS), choice, 0.0 * choice)
-    return [first, replace(first, prompt="1", reward=4.0, done=True, after=after)]
 
 
 # ------------------------------------------------------------------ language agent
@@ -883,27 +876,27 @@ def two_actions(after=None):
 
 def test_menu_logp_by_hand():
     """log π over the allowed tokens, −inf elsewhere, in float32: odds 1 : 3 : 4."""
-    logits = t([1, 3, 4]).log().requires_grad_()
-    log_pi = menu_logp(logits, torch.tensor([1, 1, 0]))
-    near(log_pi.exp(), [1 / 4, 3 / 4, 0], "odds 1 : 3 among the allowed", {
-        "not renormalised over the menu": [1 / 8, 3 / 8, 0],
-        "the menu is ignored": [1 / 8, 3 / 8, 1 / 2],
-        "what is not allowed must be -inf": [1 / 5, 3 / 5, 1 / 5],
-        "probabilities, not their logarithms": t([1 / 4, 3 / 4, 0]).exp()}, 1e-6)
-    backward(log_pi[0])
-    near(logits.grad, [3 / 4, -3 / 4, 0], "gradient of log π, 0 where forbidden", tol=1e-6)
-    near(menu_logp(logits, None).exp(), [1 / 8, 3 / 8, 1 / 2], "None allows all", tol=1e-6)
-    rows = menu_logp(torch.full((1, 2, 2), 100.0), torch.tensor([[[1, 1], [0, 1]]]))
-    near(rows.exp(), [[[.5, .5], [0, 1]]], "each row has its own menu", tol=1e-6)
-    dtypes = {log_pi.dtype, menu_logp(logits.bfloat16(), None).dtype}
-    assert dtypes == {torch.float32}, "it must be float32, whatever the logits are"
+    logits = t("1 3 4").log().requires_grad_()
+    log_pi = menu_logp(logits, t("1 1 0"))
+    near(log_pi.exp(), "1/4 3/4 0", "odds 1 : 3 among the allowed", """
+not renormalised over the menu: 1/8 3/8 0
+the menu is ignored: 1/8 3/8 1/2
+what is not allowed must be -inf: 1/5 3/5 1/5
+probabilities, not their logarithms: 1.2840254 2.1170000 1""", 1e-6)
+    backward(log_pi[0, 0])
+    near(logits.grad, "3/4 -3/4 0", "gradient of log π, 0 where forbidden", tol=1e-6)
+    near(menu_logp(logits, None).exp(), "1/8 3/8 1/2", "None allows all", tol=1e-6)
+    rows = menu_logp(t("100 100 | 100 100"), t("1 1 | 0 1"))
+    near(rows.exp(), "1/2 1/2 | 0 1", "each row has its own menu", tol=1e-6)
+    dtype = menu_logp(logits.bfloat16(), None).dtype
+    assert dtype == log_pi.dtype == torch.float32, "whatever the logits are"
 
 
 def test_a_menu_is_a_trie():
     eat, now, wait = ids_of("eat now wait")
     menu = encode_menu(TOKENIZER, "you", ("eat now", "wait", "eat"))
-    assert list(menu.entries) == [(eat, now, EOS), (wait, EOS), (eat, EOS)], "eos ends an entry"
-    assert {prefix: set(after) for prefix, after in menu.trie.items()} == {
+    assert menu.entries == [(eat, now, EOS), (wait, EOS), (eat, EOS)], "eos ends an entry"
+    assert menu.trie == {
         (): {eat, wait}, (eat,): {now, EOS}, (wait,): {EOS}, (eat, now): {EOS}}
 
 
@@ -922,34 +915,16 @@ def strange_tokenizer():
 
 
 @pytest.mark.parametrize("prompt, expected", [
-    ("you see", "<bos> ▁you ▁see ▁eat <eos>"), ("<bos>you see", "<bos> ▁you ▁see ▁eat <eos>"),
-    ("you see\n", "<bos> ▁you ▁see \n eat <eos>")])
+    ("you see", "<bos> ▁you ▁see + ▁eat <eos>"), ("<bos>you see", "<bos> ▁you ▁see + ▁eat <eos>"),
+    ("you see\n", "<bos> ▁you ▁see \n + eat <eos>"),
+    ("<bos>you see<eos>", "<bos> ▁you ▁see <eos> + ▁ ▁eat <eos>")])
 def test_an_entry_is_read_as_the_prompts_next_words(prompt, expected):
-    """One bos, no eos before the action, no second ▁, and no space after a line's end."""
+    """One bos, no second ▁, no space after a line's end, no eos before the + but a typed one."""
     tokenizer = strange_tokenizer()
     [entry] = encode_menu(tokenizer, prompt, ("eat",)).entries
-    ids = encode(tokenizer, prompt) + entry
-    assert tokenizer.convert_ids_to_tokens(ids) == expected.split(" ")
-
-
-REFUSED = """
-    act([]) | act(["you", ""]) | act([" "], [MENU]) | act("you") | act(["you"], [[]]) |
-    act(["you"], [["eat", ""]]) | act(["you"], [["eat", "wait", "eat"]]) | act(["you"], MENU) |
-    act(["you"], [["ice-cream", "ice - cream"]]) | 
-    act(["you"], []) | act(["you", "see"], [MENU]) | 
-    act(["you", "see"], [None, MENU]) | act(["you"], [MENU], "best") | act(["you"], None, "glam") |
-    act(["you"], None, "twosome") | act(["you " * 14], [MENU]) | act(["you " * 12]) |
-    small_agent(max_new_tokens=0) |
-    LanguageAgent(None, Mock(eos_token_id=None)) | load_agent("/no/folder", Clock) |
-    load_agent("/no/model.gguf", Clock) | play(small_agent(), Clock, 0) |
-    play(small_agent(), partial(Clock, end=9), 1, max_steps=3) | Config("ppo") |
-    Config(updates=-1) | Config(n_envs=0) | Config(n_steps=0.5) | Config(epochs=0) |
-    Config(minibatches=-1) | Config(n_envs=1, n_steps=3) | Config(gamma=2) | Config(lam=-0.1) |
-    Config(gamma_token=NAN) | Config(lam_token=1.1) | Config(lr=-1.0) | Config(critic_lr=NAN) |
-    Config(kl_stop=-1.0) | act(["you"], [MENU, MENU]) |
-    encode_menu(strange_tokenizer(), "", ("eat",)) |
-    spoilt().act(["you"], [MENU]) | spoilt().act(["you"]) | Config(updates=0.5) |
-    poad.take_step(SGD([x], 0.1), NAN * x.sum(), Config())"""
+    parts = encode(tokenizer, prompt), entry
+    found = [" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in parts]
+    assert " + ".join(found) == expected
 
 
 def spoilt():
@@ -958,321 +933,330 @@ def spoilt():
     return agent
 
 
-@pytest.mark.parametrize("call", [" ".join(call.split()) for call in REFUSED.split("|")])
-def test_refuses(call):
-    act = small_agent(max_position_embeddings=16).act
-    x = torch.zeros(1, requires_grad=True)
-    with pytest.raises(ValueError):
-        eval(call, globals(), {"act": act, "x": x})
+def updated(logp):
+    """An update of a policy that gives log π, where the one that sampled gave 0."""
+    agent = Told()
+    agent.logp.data.fill_(logp)
+    ppo_update(agent, SGD([agent.logp], 0.1), two_actions(), ONE_PLAYER, rng())
 
 
-@pytest.mark.parametrize("call, words", [
-    ('small_agent("Bert")', "^Bert.* is no causal"),
-    ('small_agent("Lfm2").act(["you"])', "^Lfm2.* not write freely"),
-    ('small_agent().act(["you"], [["jump", "run"]])', "cannot tell it from another")])
-def test_refuses_in_words(call, words):
-    with pytest.raises(ValueError, match=words):
+def cold():
+    """An LM that samples at a temperature of its own."""
+    lm = small_lm()
+    lm.generate = partial(lm.generate, temperature=0.2)
+    return lm
+
+
+def grown():
+    """A tokenizer that learnt a word after it was used; the LM has no row for it."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    encode(tokenizer, "you jump")
+    tokenizer.add_tokens(["jump"])
+    return tokenizer
+
+
+REFUSED = """
+    act([]) | act(["you", ""]) | act([" "], [MENU]) | act("you") | act(["you"], [[]]) |
+    act(["you"], [["eat", ""]]) | act(["you"], [["eat", "wait", "eat"]]) | act(["you"], MENU) |
+    act(["you"], [["ice-cream", "ice - cream"]]) | act(["you"], ["-"]) | act(["you"], [5]) |
+    act(["you"], []) | act(["you", "see"], [MENU]) | act(["you"], [MENU, MENU]) |
+    act(["you", "see"], [None, MENU]) ! need as many menus, .* or none |
+    act(["you"], [["jump", "run"]]) ! cannot tell it from another |
+    act(["you"], [MENU], "best") | act(["you"], None, "glam") | act(["you"], None, "twosome") |
+    act(["you " * 14], [MENU]) | act(["you " * 12]) | small_agent(max_new_tokens=0) |
+    small_agent("Bert", pad_token_id=0) ! ^Bert.* is no causal |
+    small_agent("Lfm2").act(["you"]) ! ^Lfm2.* not write freely |
+    LanguageAgent(cold(), TOKENIZER) ! ^Llama.* samples free text from something else |
+    LanguageAgent(small_lm(), grown()).act(["you jump"], [MENU]) ! resize_token_embeddings |
+    LanguageAgent(None, Mock(eos_token_id=None)) | load_agent("/no/folder", Clock) |
+    load_agent("/no/model.gguf", Clock) | play(small_agent(), Clock, 0) |
+    play(small_agent(), partial(Clock, end=9), 1, max_steps=3) | Config("ppo") |
+    Config(updates=-1) | Config(n_envs=0) | Config(n_steps=0.5) | Config(epochs=0) |
+    Config(minibatches=-1) | Config(n_envs=1, n_steps=3) | Config(gamma=2) | Config(lam=-0.1) |
+    Config(gamma_token=NAN) | Config(lam_token=1.1) | Config(lr=-1.0) | Config(critic_lr=NAN) |
+    Config(kl_stop=-1.0) | Config(updates=0.5) | Config(max_grad_norm=0.0) |
+    encode_menu(strange_tokenizer(), "", ("eat",)) | spoilt().act(["you"], [MENU]) |
+    spoilt().act(["you"]) | updated(0.1) ! did not sample | updated(NAN) ! loss is nan |
+    solve(abs, 0.0, max_iters=0) ! no fixed point in 0"""
+
+
+def act(*args):
+    return small_agent(max_position_embeddings=16).act(*args)
+
+
+@pytest.mark.parametrize("row", [" ".join(row.split()) for row in REFUSED.split("|")])
+def test_refuses(row):
+    """A call and, behind a !, what the message says."""
+    call, _, words = row.partition(" ! ")
+    with pytest.raises((ValueError, RuntimeError), match=words):
         eval(call)
 
 
-def test_act_says_an_entry_as_it_is():
-    assert small_agent().act(["you"], [[" wait"]])[0].text == " wait"
+def test_a_vocabulary_of_three_words_is_enough():
+    LanguageAgent(small_lm(vocab_size=3), TOKENIZER)
 
 
 def test_ppo_policy_loss_of_a_huge_ratio():
-    logp = torch.tensor([[-1.0, -1]], requires_grad=True)
-    old = torch.tensor([[-101.0, -1]])
-    backward(ppo_policy_loss(logp, old, torch.tensor([[0.0, 1]]), torch.ones(1, 2))[0])
-    near(logp.grad, [[0, -0.5]], "an advantage of 0 moves nothing")
+    logp = t("-1 -1").requires_grad_()
+    backward(ppo_policy_loss(logp, t("-101 -1"), t("0 1"), t("1 1"))[0])
+    near(logp.grad, "0 -1/2", "an advantage of 0 moves nothing")
 
 
-@pytest.mark.parametrize("x, size", [(0.3, 6), (10.1, 512)])
-def test_normalize_equal_entries_are_zero(x, size):
-    same = normalize(torch.full((size,), x), torch.ones(size))
+def test_normalize_equal_entries_are_zero():
+    same = normalize(torch.full((512,), 10.1), torch.ones(512))
     assert not same.any(), "entries that are all alike must be 0 exactly"
 
 
-@pytest.mark.parametrize("family", READABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_act_and_evaluate_equal_brute_force(family):
+    """In one batch: actions from menus, and free text where the LM can write it."""
     agent = small_agent(family)
     actions = agent.act(PROMPTS * 4, MENUS * 4, generator=rng())
+    if agent.shares_prompts:
+        actions += agent.act(PROMPTS, generator=rng())
     again = torch.stack(agent.evaluate(actions), 1)                         # (B, 2, L)
-    values = poad.judge(agent, actions)
-    for b, action in enumerate(actions):
-        where = f"{action.text!r} after {action.prompt!r}"
+    menus = MENUS * 4 + [None] * 4
+    for action, menu, slots, v in zip(actions, menus, again, judged(agent, actions)):
         size = len(action.ids)
-        assert list(action.ids) == ids_of(action.text) + [EOS]
-        expected = brute_force(agent, PROMPTS[b % 4], MENUS[b % 4], action.text)
-        first = torch.stack([action.logp, action.entropy])
-        near(first, expected, f"log π and entropy of {where}", tol=1e-4)
-        near(again[b, :, :size], first, f"evaluate is not act: {where}", tol=1e-5)
+        if menu:
+            assert action.text in menu and action.ids == (*ids_of(action.text), EOS)
+        expected = brute_force(agent, action.prompt, menu, action.ids)
+        near(slots[:, :size], expected[:2], "log π and entropy", tol=1e-4)
+        near(action.logp, slots[0, :size], "evaluate is not act", tol=1e-5)
         features = read(agent.body, action.prompt, action.ids)
-        near(values[b, :size], agent.head(features)[:, 0], f"v of {where}", tol=1e-4)
-        assert not again[b, :, size:].any(), "padding is 0"
-        assert not first[:, ~action.choice].any(), "forced: log π and entropy are 0"
-        assert torch.equal(action.choice, expected[1] > 0)
+        near(v[:size], agent.head(features)[:, 0], "v before each token", tol=1e-4)
+        near(action.choice, expected[2], "what the trie leaves open")
+        assert not slots[:, size:].any(), "padding is 0"
+
+
+def as_drawn(picks, p):
+    """Is this what was drawn from p? n Σ (share − p)² / p is about 1 for each outcome."""
+    share = picks.bincount(minlength=len(p)) / len(picks)
+    return len(picks) * ((share - p) ** 2 / p).mean() < 3
 
 
 @WITH_ALL_POLICIES
 def test_act_samples_what_it_says(policy):
     agent = small_agent(spread=0.1)
-    n = 1000
-    log_pi = brute_policy(agent, "you", NESTED, policy)
-    p = log_pi.exp()
-    actions = agent.act(["you"] * n, [NESTED] * n, policy, generator=rng())
+    log_pi = brute_score(agent, "you", NESTED, policy).log_softmax(0)
+    actions = agent.act(["you"] * 1000, [NESTED] * 1000, policy, rng())
     picks = torch.tensor([NESTED.index(action.text) for action in actions])
-    share = picks.bincount(minlength=4) / n
-    assert ((share - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all(), f"{share} is not {p}"
+    assert as_drawn(picks, log_pi.exp())
     logp, entropy = agent.evaluate(actions, policy)
     near(logp.sum(1), log_pi[picks], f"log π(a|o) of {policy}", tol=1e-4)
     near(logp, column(actions, "logp"), "stored and evaluated differ: ratio 1", tol=1e-5)
-    if policy in ("glam", "twosome"):
-        near(entropy[0, 0], -(p * log_pi).sum(), "entropy over the menu", tol=1e-4)
-    assert policy == "token" or logp.shape == (n, 1), "one slot an action"
-    [best] = agent.act(["you"], [NESTED], policy, greedy=True)
-    assert best.text == NESTED[p.argmax()], "greedy is the likeliest entry"
+    if policy in SCORING:
+        near(entropy[0, 0], -(log_pi.exp() @ log_pi), "entropy over the menu", tol=1e-4)
+    assert policy == "token" or logp.shape == (1000, 1), "one slot an action"
+
+
+def test_free_text_is_sampled_from_what_is_read():
+    """Two tokens (w, x), or eos: outcome |V| w + x, or the last."""
+    agent = small_agent(spread=0.1, max_new_tokens=2)
+    log_pi = []
+    for w in range(EOS):
+        first, second = read(agent.lm, "you", (w, 0)).log_softmax(-1)
+        log_pi.append(first[w] + second)
+    log_pi.append(first[EOS:])
+    actions = agent.act(["you"] * 2000, generator=rng())
+    picks = [len(WORDS) * action.ids[0] + sum(action.ids[1:]) for action in actions]
+    assert as_drawn(torch.tensor(picks), torch.cat(log_pi).exp())
 
 
 def test_choice_is_read_off_the_trie():
     agent = small_agent()
     agent.lm.lm_head.weight.data.mul_(1e4)
-    [action] = agent.act(["you see"], [["eat now", "eat the bowl"]], generator=rng())
-    assert not action.entropy.any(), "the test wants a policy that is certain"
+    [action] = agent.act(["you see"], [["eat now", "eat the bowl"]])
+    assert not action.logp.any(), "the test wants a policy that is certain"
     assert action.choice.nonzero().tolist() == [[1]]
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Gemma2", "Rwkv"])
-@pytest.mark.parametrize("policy", ["glam", "twosome", "token"])
+@pytest.mark.parametrize("policy", ["token", *SCORING])
 def test_score_equals_brute_force(family, policy):
     """GLAM: Σ log p over the whole vocabulary, without eos. TWOSOME: by the number of words.
-    Token: Σ log π, restricted to the menu, with eos."""
+
+    Token: Σ log π, restricted to the menu, with eos.
+    """
     agent = small_agent(family)
     agent.train()                                       # GPT-2's dropout is on by default
-    pairs = list(zip(PROMPTS, MENUS))
-    wrong = {"token": torch.cat([brute_policy(agent, *pair, "token") for pair in pairs])}
-    for name in SCORES:
-        wrong[name] = torch.cat([brute_score(agent, *pair, name) for pair in pairs])
-    expected = wrong.pop(policy)
-    scores = torch.cat(agent.score(PROMPTS, MENUS, policy))
-    near(scores, expected, "the scores", wrong, 1e-4)
+    scores = {}
+    for name in ("token", *SCORING):
+        parts = [brute_score(agent, *pair, name) for pair in zip(PROMPTS, MENUS)]
+        scores[name] = torch.cat(parts)
+    expected = scores.pop(policy)
+    found = torch.cat(agent.score(PROMPTS, MENUS, policy))
+    near(found, expected, f"not {policy}, nor another policy", scores, 1e-4)
     weights = torch.arange(13.0)
-    backward(scores @ weights)
+    backward(found @ weights)
     gradients = torch.autograd.grad(expected @ weights, agent.lm.parameters())
     for x, y in zip(agent.lm.parameters(), gradients):
         near(x.grad, y, "gradient, through a shared prompt too", tol=1e-3)
 
 
-@ON_TWO_FAMILIES
-def test_free_text(family):
-    agent = small_agent(family, spread=0.15)
+@pytest.mark.parametrize("family, others", [("GPT2", []), ("Gemma2", [2, 3])])
+def test_free_text(family, others):
+    """It ends with eos, with what else the checkpoint ends with, or at its limit."""
+    lm = small_lm(family)
+    lm.generation_config.eos_token_id = others
+    agent = LanguageAgent(lm, TOKENIZER, max_new_tokens=5)
     before = torch.get_rng_state()
-    actions = agent.act(PROMPTS * 100, generator=rng())
+    actions, again = [agent.act(PROMPTS * 25, generator=rng()) for _ in range(2)]
     assert torch.equal(before, torch.get_rng_state()), "the global generator is not ours"
-    near(agent.evaluate(actions)[0], column(actions, "logp"), "ratio 1", tol=1e-5)
-    for action in actions[-20:]:
-        ids = action.ids
-        assert EOS not in ids[:-1] and (ids[-1] == EOS or len(ids) == 5), "eos or limit end it"
-        assert action.text == TOKENIZER.decode(ids, skip_special_tokens=True)
-        expected = read(agent.lm, action.prompt, ids).log_softmax(-1)[range(len(ids)), ids]
-        near(action.logp, expected, "log p of a full forward", tol=1e-4)
-    # on average log p is minus the entropy, if nothing but p decides what is written
-    surprise = (column(actions, "logp") + column(actions, "entropy")).sum(1)
-    assert surprise.mean().abs() < 0.3, "temperature 1, no penalty, and all words"
-    assert agent.act(PROMPTS * 100, generator=rng())[-1].ids == ids, "one seed, one text"
-    [greedy] = agent.act(["you"], greedy=True)
-    likeliest = read(agent.lm, "you", greedy.ids).log_softmax(-1).amax(-1)
-    near(greedy.logp, likeliest, "greedy writes the likeliest token", tol=1e-4)
+    for action, same in zip(actions, again):
+        words = [token for token in action.ids if token not in (EOS, *others)]
+        assert len(words) == len(action.ids) - 1 or len(words) == 5
+        assert action.text == TOKENIZER.decode(words, skip_special_tokens=True) == same.text
 
 
 @WITH_ALL_POLICIES
-def test_standing_still(policy):
+def test_standing_still(policy, monkeypatch):
     agent = small_agent()
-    rows = []                                           # of each reading
-    agent.lm.register_forward_pre_hook(
-        lambda lm, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
-    plain = agent.act(PROMPTS, MENUS, policy, True)
+    agent.read = Mock(side_effect=agent.read)
+    monkeypatch.setattr(poad, "encode", Mock(side_effect=encode))
+    plain = agent.act(PROMPTS, MENUS, policy, rng())
     with agent.standing_still():
-        agent.act(PROMPTS, MENUS, policy, True)
-        rows.clear()
-        second = agent.act(PROMPTS, MENUS, policy, True)
-        assert not rows, "what is known was read again"
+        agent.act(PROMPTS, MENUS, policy)
+        agent.read.reset_mock()
+        poad.encode.reset_mock()
+        second = agent.act(PROMPTS, MENUS, policy, rng())
+        assert not agent.read.called and not poad.encode.called, "what is known"
     near(column(second, "logp"), column(plain, "logp"), "from memory", tol=1e-5)
     agent.evaluate(second[:1] * 9, policy)
-    assert rows and max(rows) <= len(MENU), "read again, and equal rows once"
+    _, rows = agent.read.call_args.args
+    assert len(rows) <= len(MENU), "read again, and equal rows once"
 
 
 # ------------------------------------------------------------------ the update
 
 # two players, two actions each, at most three slots; one has a gap
-MASK = torch.tensor([[1, 0, 1], [1, 0, 0], [1, 1, 1], [1, 1, 0]]).bool()
-VALUES = torch.tensor([[2, NAN, 4], [1, NAN, NAN], [0, 2, 4], [5, 3, NAN]])
-OUTCOME = torch.tensor([[1.0, 2], [0, -1]]), torch.tensor([[1, 0], [0, 0]]), torch.tensor([8.0, 4])
+MASK = t("1 0 1 | 1 0 0 | 1 1 1 | 1 1 0")
+VALUES = t("2 nan 4 | 1 nan nan | 0 2 4 | 5 3 nan")
+OUTCOME = t("1 2 | 0 -1"), t("1 0 | 0 0")
 
 
 def test_assign_by_hand():
-    """γ = λ = ½, γ_w = λ_w = 1: the return at an action's end is r + γ ((1 − λ) v' + λ G'), or
-    r if the episode ends; its other tokens pass it on."""
-    # player 0: 1; 2 + ½ · 8 = 6 | 1, from the end: -1 + ½ · 4 = 1; 0 + ½ (½ · 5 + ½ · 1) = 1½
+    """γ = λ = ½, γ_w = λ_w = 1: at an action's end the return is r + γ ((1 − λ) v' + λ G').
+
+    It is r if nothing follows; an action's other tokens pass it on.
+    """
+    # player 0: 1; 2 | 1, from the end: -1; 0 + ½ (½ · 5 + ½ · -1) = 1
     advantages, returns = assign(Config(gamma=.5, lam=.5), MASK, VALUES, *OUTCOME)
-    right = [[1, 0, 1], [6, 0, 0], [1.5, 1.5, 1.5], [1, 1, 0]]
-    near(returns, right, "returns of each player's stream", {
-        "the reward was given to the first slot": [[1, 0, 0], [6, 0, 0], [1.5] * 3, [1, 2, 0]],
-        "`done` is ignored": [[2.75, 0, 2.75], [6, 0, 0], [1.5] * 3, [1, 1, 0]],
-        "λ was applied inside": [[2.5, 0, 1], [6, 0, 0], [2.4375, 2.875, 1.75], [2, 1, 0]],
-        "players mixed up: environment b's action t is in row b·T + t":
-            [[1, 0, 1], [3.5, 0, 0], [4, 4, 4], [1, 1, 0]],
-        "last_values ignored": [[1, 0, 1], [2, 0, 0], [1, 1, 1], [-1, -1, 0]]}, 1e-6)
-    near(advantages, torch.where(MASK, returns - VALUES, 0), "they are returns - values", {
-        "returns and advantages swapped": right}, 1e-6)
+    right = "1 0 1 | 2 0 0 | 1 1 1 | -1 -1 0"
+    near(returns, right, "returns of each player's stream", """
+the reward was given to the first slot: 1 0 0 | 2 0 0 | 1 1 1 | -1 0 0
+`done` is ignored: 1.75 0 1.75 | 2 0 0 | 1 1 1 | -1 -1 0
+λ was applied inside: 2.5 0 1 | 2 0 0 | 2.375 2.75 1.5 | 1 -1 0
+players mixed up, environment b's action t is in row b·T + t: 1 0 1 | 3 0 0 | 0 0 0 | -1 -1 0""")
+    near(advantages, torch.where(MASK > 0, returns - VALUES, 0), "they are returns - values",
+         f"returns and advantages swapped: {right}")
 
 
 def test_assign_follows_the_method():
     # naive, λ = 0: an action's end returns r + ½ v', other tokens half of the next one's value
     _, returns = assign(Config("ntpo", gamma=.5, lam=0.0), MASK, VALUES, *OUTCOME)
-    near(returns, [[2, 0, 1], [6, 0, 0], [1, 2, 2.5], [1.5, 1, 0]], "naive", tol=1e-6)
+    near(returns, "2 0 1 | 2 0 0 | 1 2 2.5 | 1.5 -1 0", "naive")
     config = Config("action", gamma=.5, lam=.5)
     _, returns = assign(config, MASK[:, :1], VALUES[:, :1], *OUTCOME)
-    near(returns, [[1], [6], [1.5], [1]], "whole actions", tol=1e-6)
+    near(returns, "1 | 2 | 1 | -1", "whole actions")
 
 
 def test_config():
-    for config, numbers in (
-            (Config(), (1, .75)), (replace(Config("poad"), method="ntpo"), (.95, .95)),
+    for config, inside in (
+            (replace(Config("poad"), method="ntpo"), (.95, .95)),
             (replace(Config("ntpo"), gamma=.9), (.9, .95)),
             (Config("ntpo", gamma_token=0.0), (0, .95)), (Config(lam_token=.8), (1, .8))):
-        assert inside(config, trust=.25) == numbers, config
-    assert inside(Config()) == (1, 1), "no trust unless told"
-    assert all(knob.metadata["help"] for knob in fields(Config))
-    with pytest.raises(AttributeError):
-        Config().gamma = 0.5
+        assert config.inside == inside, config
     assert Config(lr=0.0).step_size == 0 < Config().step_size
 
 
-@pytest.mark.parametrize("values, after, gamma_token, returns, trust", [
-    # G₂ = 4, G₁ = ½ (½ · 0 + ½ · 4); v(o) is off by 3 and 4, before the last slot by 3 and 0
-    ([[-2.0, NAN], [0, 4]], None, 1.0, [[1, 0], [4, 4]], 1 - 9 / 25),
-    # G₂ = 4, G₁ = ½ (½ · 4 + ½ · 4); v(o) is off by 1 and 0, at the end by 2 and 0
-    ([[1.0, 0], [4, 4]], None, 1.0, [[2, 2], [4, 4]], 0),
-    # cut: G₂ = 4 + ½ v("0") = 6, G₁ = ½ (½ · 0 + ½ · 6); at the end all is known
-    ([[4.0, 1.5], [0, 6]], "0", 1.0, [[1.5, 1.5], [6, 6]], 1),
-    # γ_w = ½: half of 4, G₁ = ½ (½ · 0 + ½ · 2), half of ½; off by 0, 2 and by ½, 1
-    ([[0.25, 0], [0, 3]], None, 0.5, [[.25, .5], [2, 4]], 1 - 1.25 / 4)],
-    ids=["by .64", "misled", "cut", "naive"])
-def test_measure_trust_by_hand(values, after, gamma_token, returns, trust):
-    """max(0, 1 − Σ (G − v(o, w<ⁿ))² / Σ (G − v(o))²); where v is NaN is no slot."""
-    actions = two_actions(after)
-    for action, v in zip(actions, torch.tensor(values)):
-        action.choice = v[~v.isnan()] < INF
-    config = replace(ONE_PLAYER, gamma_token=gamma_token)
-    near(measure_trust(Told(values), actions, config), trust, "not R²", tol=1e-6)
-    near(column(actions, "returns"), returns, "λ-returns between actions", tol=1e-6)
+@pytest.mark.parametrize("lam_token, is_choice, credits", [
+    (1.0, True, "-.7071068 -.7071068 | 1.4142136 0"), (0.0, False, "-1 1 | 0 0")])
+def test_credit_by_hand(lam_token, is_choice, credits):
+    """v = 1, cut where it is 6: returns 4 + ½ · 6 = 7 and ½ (½ · 1 + ½ · 7) = 2.
+
+    Advantages are, from the end, 7 − 1 = 6, 2 − 1 = 1, (1 − 1) + λ_w · 1: of 1, 1, 6 mean and
+    deviation are 8/3 and 5√2/3; of 0, 1, where the last is no choice, ½ and ½.
+    """
+    agent = Told("1 1 | 1 nan | 6 nan")
+    actions = two_actions()
+    actions[1].after = (2,)
+    actions[1].choice = torch.tensor([is_choice])       # one slot
+    for given in (1.0, lam_token):                      # before the critic is fitted, and after
+        credit(agent, actions, replace(ONE_PLAYER, lam_token=given))
+    near(column(actions, "advantages"), credits, "normalised over choices", tol=1e-6)
+    near(column(actions, "returns"), "2 2 | 7 0", "they stay as they were")
     assert actions[1].reward == 4, "what was paid stays as it is"
 
 
 @pytest.mark.parametrize("kl_stop, entropy_coef, logp", [
-    (.01, 0.0, [-.1, .1]), (.011, 0.0, [-.1 - .1 * math.exp(-.1), .1 + .1 * math.exp(.1)]),
-    (.01, 0.5, [-.05, .15])])
+    (.01, 0.0, "-.1 -.1 | .1 .1"), (.011, 0.0, "-.1904837 -.1904837 | .2105171 .2105171"),
+    (.01, 0.5, "-.05 -.05 | .15 .15")])
 def test_one_update_by_hand(kl_stop, entropy_coef, logp):
-    """γ = ½, λ = 1: G is ½ · 4 = 2 for the first action, whatever is trusted in the second, and 4.
-    λ_w = 1 − ¾: the first's slots get, from the end, 2 − 0 = 2 and (0 + 1½) + ¼ · 2 = 2, the
-    second's 4 − 0 = 4 and (0 + 3) + ¼ · 4 = 4."""
-    agent = Told([[-1.5, 0], [-3, 0]])
-    actions = two_actions()
-    config = replace(ONE_PLAYER, lam=1.0, epochs=2, kl_stop=kl_stop, max_grad_norm=INF,
-                     entropy_coef=entropy_coef)
-    credit(agent, actions, config, trust=0.75)
-    near(column(actions, "advantages"), [[-1, -1], [1, 1]], "mean 3, deviation 1", tol=1e-6)
-    info = ppo_update(agent, SGD([agent.logp], 0.2), actions, config, rng())
-    # two choices an action, so the loss is −2 · mean Â ratio, its gradient −½ Â ratio: the first
-    # step is ±.1 (entropy adds .2 · ½ · ½); of its two actions Σ ratio − 1 − log ratio is the KL
-    near(agent.logp, t(logp)[:, None].expand(2, 2), "log π after the update", tol=1e-6)
-    if entropy_coef == 0:
-        near(info["kl"], math.exp(.1) + math.exp(-.1) - 2, "2 (e^±.1 − 1 ∓ .1), mean", tol=1e-6)
+    """Two choices an action, so the loss is −2 · mean Â ratio, its gradient −½ Â ratio.
+
+    The first step is ∓.1 (entropy adds .2 · ½ · ½), the second ∓.1 e^∓.1. The KL between them is
+    that of two tokens, 2 (e^∓.1 − 1 ± .1), on average e^.1 + e^−.1 − 2 = .01001.
+    """
+    agent = Told()
+    config = replace(
+        ONE_PLAYER, epochs=2, kl_stop=kl_stop, max_grad_norm=INF, entropy_coef=entropy_coef)
+    info = ppo_update(agent, SGD([agent.logp], 0.2), two_actions(), config, rng())
+    near(agent.logp, logp, "log π after the update", tol=1e-6)
     assert info["stopped"] == (kl_stop == .01) and info["minibatches"] == 2
 
 
-@pytest.mark.parametrize("logp, error, words", [
-    (0.1, AssertionError, "did not sample"), (NAN, ValueError, "loss is nan")])
-def test_ppo_update_refuses(logp, error, words):
-    agent = Told([[0.0, 0], [0, 0]])
-    actions = two_actions()
-    credit(agent, actions, ONE_PLAYER, 0.0)
-    agent.logp.data.fill_(logp)
-    with pytest.raises(error, match=words):
-        ppo_update(agent, SGD([agent.logp], 0.1), actions, ONE_PLAYER, rng())
-
-
-def test_ppo_update_makes_as_many_minibatches_as_asked():
-    agent = Told([[0.0, 0], [0, 0]])
-    actions = (two_actions() * 3)[:5]
-    config = replace(ONE_PLAYER, n_steps=5, minibatches=4, epochs=3)
-    credit(agent, actions, config, 0.0)
-    info = ppo_update(agent, SGD([agent.logp], 0.0), actions, config, rng())
-    assert info["minibatches"] == 12 and not info["stopped"]
-
-
-@pytest.mark.parametrize("policy_learns", [True, False])
-def test_each_loss_has_its_own_weights(policy_learns):
-    agent = small_agent()
-    config = Config(n_envs=12, n_steps=1)
-    actions = one_step(agent, config)
-    loss, _ = poad.minibatch_loss(agent, actions, config)
-    if not policy_learns:
-        target = column(actions, "returns")
-        loss = value_loss(poad.judge(agent, actions), target, poad.written(actions))
-    backward(loss)
-    for name, x in agent.named_parameters():
-        learns = x.grad is not None and bool(x.grad.any())
-        assert learns == (name.startswith("lm.") == policy_learns), name
-
-
 def test_fit_critic():
-    agent = small_agent(fresh=True)
-    assert not agent.values(PROMPTS).any(), "v = 0 before anything is learnt"
+    agent = LanguageAgent(small_lm(), TOKENIZER)
     actions = agent.act(PROMPTS[:2], [["eat now"], ["wait"]])
-    actions[0].returns = torch.tensor([0.5, 1, 2])
-    actions[1].returns = torch.tensor([-0.5, -1])
-    optimizer = torch.optim.Adam([*agent.body.parameters(), *agent.head.parameters()], 0.02)
-    loss = fit_critic(agent, optimizer, actions, Config(critic_steps=60), rng())
-    values = poad.judge(agent, actions) * poad.written(actions)
-    near(values, [[0.5, 1, 2], [-0.5, -1, 0]], "what it was told, before every token", tol=0.2)
-    near(loss, 0, "the last loss", tol=0.02)
+    assert not judged(agent, actions).any(), "v = 0 before anything is learnt"
+    actions[0].returns, actions[1].returns = t("0.5 1 2")[0], t("-0.5 -1")[0]
+    optimizer = torch.optim.Adam(agent.critic.parameters(), 0.02)
+    fit_critic(agent, optimizer, actions, Config(critic_steps=60), rng())
+    values = judged(agent, actions) * column(actions, "mask")
+    near(values, "0.5 1 2 | -0.5 -1 0", "what it was told, before every token", tol=0.2)
 
 
 # ------------------------------------------------------------------ playing and training
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_collect(cut):
-    """Two players, three steps; episodes of two steps, which are over or cut."""
-    players = [Player(Clock(name, cut)) for name in ("you", "see")]
+@pytest.mark.parametrize("cut, told", [
+    (False, "you s0: 0, you s1: 1, you s0: 1 you s1, see s0: 0, see s1: 1, see s0: 1 see s1"),
+    (True, "you s0: 0, you s1: 1 you s2, you s0: 1 you s1, "
+           "see s0: 0, see s1: 1 see s2, see s0: 1 see s1")])
+def test_collect(cut, told):
+    """Two players, three steps; episodes of two steps.
+
+    Told are prompt, done, and what comes next where it was cut: the rollout's end cuts, too.
+    """
+    players = [Player(Clock(name=name, cut=cut)) for name in ("you", "see")]
     episodes = []
     actions = collect(small_agent(), players, Config(n_envs=2, n_steps=3), rng(), episodes)
-    order = ["you s0", "you s1", "you s0", "see s0", "see s1", "see s0"]
-    assert [action.prompt for action in actions] == order, "player by player, step by step"
-    assert [action.done for action in actions] == [False, True, True] * 2
-    after = [None, None, "you s1", None, None, "see s1"]    # the rollout's end cuts, too
-    if cut:
-        after[1::3] = ["you s2", "see s2"]
-    assert [action.after for action in actions] == after
+    found = []
+    for action in actions:
+        after = TOKENIZER.decode(action.after or ())
+        found.append(f"{action.prompt}: {action.done:d} {after}".strip())
+    assert ", ".join(found) == told
     paid = [len(action.text) for action in actions]
     assert [action.reward for action in actions] == paid and len(episodes) == 2
 
 
 @pytest.mark.parametrize("steps, moves", [(0, False), (30, True)])
 def test_train_fits_the_critic_before_it_judges(monkeypatch, steps, moves):
-    """λ_w = 0: a choice gets v after it − v before it, which is 0 for a critic that is new."""
-    seen = []
+    """λ_w = 0: a choice gets v after it − v before it, which is 0 for a critic that is new.
 
-    def trusting(*args):
-        seen.append(measure_trust(*args))
-        return 1.0
-    monkeypatch.setattr(poad, "measure_trust", trusting)
-    config = Config(updates=1, n_envs=4, n_steps=3, critic_steps=steps, entropy_coef=0.0)
-    [metrics] = train(small_agent(fresh=True), Clock, config)
+    But that critic learns λ_w = 1: every slot of the first of two actions has r + γ λ r'.
+    """
+    rollout = []
+    monkeypatch.setattr(
+        poad, "fit_critic", lambda *args: rollout.extend(args[2]) or fit_critic(*args))
+    config = Config(
+        updates=1, n_envs=4, n_steps=2, critic_steps=steps, entropy_coef=0.0, lam_token=0.0)
+    [metrics] = train(LanguageAgent(small_lm(), TOKENIZER), Clock, config)
     assert (metrics["kl"] > 1e-5) == moves, "the critic judges after it was fitted"
-    assert seen == [0.0], "trust is measured on what the critic has not read yet"
-    assert metrics["trust"] == 1
+    for first, second in zip(rollout[::2], rollout[1::2]):
+        target = first.reward + .95**2 * second.reward
+        near(first.returns, [target] * len(first.ids), "not the return", tol=1e-4)
 
 
 def test_train_fits_the_critic_on_four_rollouts(monkeypatch):
@@ -1292,22 +1276,20 @@ def test_train_where_nothing_can_be_chosen(method):
     expected = dict(update=2, env_steps=12, episodes=6, return_mean=14, success_rate=1,
                     minibatches=0, kl=0, stopped=False)
     assert expected.items() <= metrics.items()
-    assert all(math.isfinite(x) for x in metrics.values())
-    near(agent.lm.lm_head.weight, before.lm.lm_head.weight, "the LM must stand still")
-    assert not torch.equal(agent.values(PROMPTS), before.values(PROMPTS)), "the critic learns"
+    for name, x in agent.state_dict().items():
+        stays = torch.equal(x, before.state_dict()[name])
+        assert stays == name.startswith("lm."), f"{name}: only the critic learns"
 
 
 def test_train_repeats_itself():
     runs = []
     for seed in (0, 0, 1):
-        config = Config(updates=2, n_envs=4, n_steps=1, seed=seed, critic_steps=2)
+        config = Config(updates=2, n_envs=5, n_steps=1, seed=seed, critic_steps=2, kl_stop=INF)
         runs.append(list(train(small_agent(), Clock, config)))
         for metrics in runs[-1]:
             metrics.pop("seconds")
+            assert metrics["minibatches"] == 12, "3 epochs of 4, although there are 5 actions"
     assert runs[0] == runs[1] and runs[0] != runs[2], "one seed, one run"
-    first, second = runs[0]
-    assert first["return_mean"] is None, "no episode has ended"
-    assert second["episodes"] == 4 and second["return_mean"] > 0
 
 
 START = "you", {"menu": MENU}
@@ -1337,25 +1319,27 @@ def test_own_environment_is_told(reset, step, words):
 
 def test_play():
     agent = small_agent(spread=0.1)
-    Clock.seeds.clear()
-    list(train(agent, Clock, Config(updates=1, n_envs=3, n_steps=4, critic_steps=0)))
-    trained = set(Clock.seeds) - {None}
-    Clock.seeds.clear()
     played, story = play(agent, Clock, 40)
-    seeds = set(Clock.seeds)
-    assert len(Clock.seeds) == len(seeds) == 40 and not trained & seeds, "seen in training"
+    assert len(played) == 40
     assert played == play(agent, Clock, 40)[0] != play(agent, Clock, 40, seed=1)[0]
-    assert len(set(played)) > 1 == len(set(play(agent, Clock, 5, greedy=True)[0]))
     assert "you s0" in story and "you s1" in story
+
+
+def test_no_environment_is_seeded_like_another():
+    Clock.seeds.clear()
+    list(train(small_agent(), Clock, Config(updates=1, n_envs=4, n_steps=1)))
+    play(small_agent(), Clock, 4)
+    assert Clock.seeds == [poad.seed_of(0, b, exam) for exam in (0, 1) for b in range(4)]
+    seeds = {poad.seed_of(*which) for which in product(range(4), range(2500), (0, 1))}
+    assert len(seeds) == 4 * 2500 * 2
 
 
 @pytest.mark.parametrize("name", sorted(set(ENVS) - {"scikit"}))
 def test_tiny_agent_reads_its_environment(name):
-    env_fn = partial(make, name)
-    obs, info = env_fn().reset(seed=0)
-    tokenizer = tiny_agent(env_fn, pretrain_steps=0).tokenizer
-    for text in (obs, *info["menu"]):
-        assert tokenizer.unk_token_id not in tokenizer(text).input_ids, text
+    obs, info = make(name).reset(seed=0)
+    tokenizer = tiny_agent(partial(make, name), pretrain_steps=0).tokenizer
+    ids = tokenizer(" ".join([obs, *info["menu"]])).input_ids
+    assert tokenizer.unk_token_id not in ids
 
 
 def test_poad_learns_to_serve_and_naive_does_not():
@@ -1386,35 +1370,38 @@ def cli(monkeypatch, tmp_path):
     return run
 
 
-def runs_in(path):
+def runs_in(path, typed):
     """The runs of a JSON file, which has no NaN and no Infinity in it: they are not JSON."""
-    found = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert found["command"].startswith("python poad.py --env lunch")
+    found = json.loads(Path(path).read_text(), parse_constant=pytest.fail)
+    assert found["command"].endswith(typed)
     return found["runs"]
 
 
-def test_command_line(cli, tmp_path, capsys):
-    cli("--updates 1 --seed 4 --seeds 2 --method poad,glam --kl_stop inf --out new/x0.1")
-    told = []
-    for run in runs_in(tmp_path / "new/x0.1"):
-        config = run["config"]
-        told.append((config["method"], config["seed"]))
-        assert len(run["metrics"]) == 1 and run["exam"]["episodes"] == 100
-        assert config["n_steps"] == poad.PRESETS["lunch"]["n_steps"] != Config().n_steps
-        assert config["lr"] == METHODS[config["method"]]["lr"]
-    assert sorted(told) == [("glam", 4), ("glam", 5), ("poad", 4), ("poad", 5)]
-    assert (tmp_path / "new/x0.1.png").stat().st_size > 1000
+def test_command_line(cli, capsys):
+    typed = "--updates 1 --seed 4 --seeds 2 --method poad,glam --kl_stop inf --out new/Infinity.1"
+    cli(typed)
     said = capsys.readouterr().out
-    assert len(re.findall(r"±|fail\)", said)) == 8, "a table, four numbers for each method"
+    runs = runs_in("new/Infinity.1", typed)
+    told = ["poad, seed 4", "glam, seed 4", "poad, seed 5", "glam, seed 5"]
+    assert re.findall(r"\w+, seed \d", said) == told and len(runs) == 4
+    config = runs[0]["config"]
+    [metrics] = runs[0]["metrics"]
+    assert metrics["env_steps"] == 32 and runs[0]["exam"]["episodes"] == 100
+    assert config["n_steps"] == 16 and config["kl_stop"] is None, "the preset, and inf"
+    assert config["lr"] == METHODS["poad"]["lr"]
+    assert (f"poad, seed 4: tiny on {config['device']}, "
+            "step sizes 0.001 (LM), 0.001 (critic)") in said
+    assert cli.tiny_lm.call_count == 2, "one start for all methods"
+    assert Path("new/Infinity.1.png").exists()
     assert "→" in said and "salad" in said, "a transcript"
 
 
-@pytest.mark.parametrize("typed", [
-    "--env dinner", "--wording long", "--method ppo", "--method glam --env scikit", "--colour red",
-    "--updates many", "--updates -1", "--gamma 2", "--seeds 0", "--device cuda:99",
-    "--minibatches 99", "--model /no/such", "--env_options guests=1",
-    "--env orders --env_options slots", "--train_layers -1", "--out /dev/null/x",
-    "--save /dev/null/x", "--out ."])
+@pytest.mark.parametrize("typed", re.split(r" *[|\n] *", """--env dinner | --wording long
+    --method ppo | --method poad,poad | --method glam --env scikit | --colour red | --gamma 2
+    --updates many | --updates -1 | --seeds 0 | --device cuda:99 | --minibatches 99 | --out .
+    --model /no/such | --env_options guests=1 | --env orders --env_options slots
+    --train_layers -1 | --train_layers 9 | --out /dev/null/x | --save /dev/null/x
+    --max_grad_norm 0"""))
 def test_command_line_refuses_in_one_line(cli, capsys, typed):
     with pytest.raises(SystemExit) as stop:
         cli(typed)
@@ -1424,38 +1411,40 @@ def test_command_line_refuses_in_one_line(cli, capsys, typed):
 
 
 def test_command_line_builds_the_environment():
-    typed = "--env orders --env_options slots=2,words=3,guests=1 --critic_steps 5 --lam_token 0.8"
-    env_fn, configs = poad.prepare(poad.parse(typed.split()))
-    assert len(env_fn().menu()) == 9 and "no more" in env_fn().reset(seed=0)[0]
-    assert all(config.critic_steps == 5 for config in configs)
-    assert inside(configs[-1], trust=0.9) == (1, 0.8), "what is typed goes before what is measured"
-    env_fn, _ = poad.prepare(poad.parse(["--env_options", "item=pizza"]))
-    assert "pizza" in env_fn().reset(seed=0)[0]
-    env_fn, configs = poad.prepare(poad.parse(["--env", "orders"]))
-    assert "no more" in env_fn().reset(seed=0)[0] and len(configs) == 3, "what PRESETS says"
-    typed = "--env orders --method poad --env_options slots=2"
-    env_fn, [config] = poad.prepare(poad.parse(typed.split()))
-    assert config.method == "poad" and "no more" in env_fn().reset(seed=0)[0], "still one guest"
-    assert len(env_fn().menu()) == 16
+    def prepared(typed):
+        env_fn, runs = poad.prepare(poad.parse(typed.split()))
+        return env_fn().reset(seed=0)[0], env_fn(), runs
+    obs, env, runs = prepared(
+        "--env orders --env_options slots=2,words=3 --critic_steps 5 --lam_token 0.8")
+    assert len(env.menu()) == 9 and "no more" in obs, "one guest, as the preset says"
+    assert len(runs) == 3 and runs[-1].critic_steps == 5 and runs[-1].inside == (1, 0.8)
+    assert "pizza" in prepared("--env_options item=pizza")[0]
+    obs, _, runs = prepared("--env orders --method poad --env_options guests=2")
+    assert len(runs) == 1 and "no more" not in obs, "what is typed goes before a preset"
 
 
-def test_command_line_help(cli, capsys):
+@pytest.mark.parametrize("typed, words", [
+    ("--env orders", "side by side (default: 128)"), ("--model x", "(default: 5e-05)")])
+def test_help_shows_what_will_be_used(monkeypatch, typed, words):
+    """Also where stdout cannot be reconfigured, as in a notebook's %run."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "argv", ["poad.py", *typed.split(), "--help"])
     with pytest.raises(SystemExit) as stop:
-        cli("--help")
-    said = capsys.readouterr().out
-    assert stop.value.code == 0 and all(f"--{knob.name} " in said for knob in fields(Config))
+        runpy.run_path(poad.__file__, run_name="__main__")
+    said = " ".join(sys.stdout.getvalue().split())
+    assert stop.value.code == 0 and words in said
 
 
-def test_command_line_keeps_what_was_measured(cli, tmp_path, monkeypatch):
+def test_command_line_keeps_what_was_measured(cli, monkeypatch):
     def interrupted(agent, env_fn, config):
         yield from train(agent, env_fn, config)
         raise KeyboardInterrupt
     monkeypatch.setattr(poad, "train", interrupted)
     cli("--method poad --n_steps 1 --updates 2")
-    [run] = runs_in(tmp_path / "runs/lunch.json")
+    [run] = runs_in("runs/lunch.json", "--updates 2")
     assert len(run["metrics"]) == 2 and run["exam"] is None
     assert run["metrics"][0]["return_mean"] is None, "no episode has ended"
-    assert (tmp_path / "runs/lunch.json.png").exists()
+    assert Path("runs/lunch.json.png").exists()
 
 
 def test_command_line_interrupted_before_anything_was_measured(cli):
@@ -1463,43 +1452,47 @@ def test_command_line_interrupted_before_anything_was_measured(cli):
     cli("--method poad")
 
 
-def test_command_line_saves_and_examines(cli, capsys):
-    cli("--method poad --updates 1 --n_steps 1 --train-layers 1 --save kept")
-    cli("--method poad --updates 0 --model kept/poad-0 --out again.json")
-    [run] = runs_in(Path("again.json"))
-    assert run["metrics"] == [] and run["exam"]["episodes"] == 100
-    assert cli.tiny_lm.call_count == 1, "the second LM is the first one's"
+def test_command_line_saves_and_examines(cli, monkeypatch):
+    cli("--method poad --updates 1 --n_steps 1 --train_layers 1 --save kept")
+    [trained] = runs_in("runs/lunch.json", "kept")
+    load = Mock(side_effect=poad.load_lm)
+    monkeypatch.setattr(poad, "load_lm", load)
+    cli("--method poad --updates 0 --seeds 2 --model kept/poad-0 --out again")
+    again, _ = runs_in("again", "again")
+    assert again["metrics"] == [] and again["exam"] == trained["exam"], "one model, one exam"
+    assert load.call_count == cli.tiny_lm.call_count == 1, "read once, for both seeds"
 
 
-def test_summary_and_interval():
-    # two seeds: t = 12.71, standard deviation √2 / √2
-    numbers = poad.summary([(1.0, 1.0), (3.0, 0.0)])
-    assert numbers == dict(episodes=2, return_mean=2.0, success_rate=0.5)
-    assert poad.interval([1, 3]) == "2.00 ± 12.71" and poad.interval([0.5]) == "0.50"
-    assert poad.over_seeds([1, 3]) == "2.00 ± 12.71", "no seed fails"
-    assert poad.over_seeds([1, 0.4, 0.9]) == "0.90 (1 fail)", "the median, not a mean of two heaps"
-    assert poad.over_seeds([0.1, 0.1]) == "0.10 ± 0.00", "all fail"
+def test_report_by_hand(tmp_path, capsys):
+    """Rates 1, 1, .4: mean .8, deviation √.12, t = 4.3, and ± 4.3 √.12 / √3 = 4.3 · .2."""
+    run = {"config": {"method": "poad", "env": "lunch"}, "metrics": []}
+    exams = [dict(return_mean=-3.0, success_rate=x, episodes=100) for x in (1.0, 1.0, 0.4)]
+    poad.report([run | {"exam": exam} for exam in exams], tmp_path / "x.png")
+    row = " ".join(capsys.readouterr().out.split())
+    assert "poad 0.80 ± 0.86 (1 fail) -3.00 ± 0.00 " in row
+    assert poad.success([0.5]) == "0.50"
 
 
 def test_save_and_load(tmp_path):
     agent = small_agent()
     agent.save(tmp_path)
-    loaded = load_agent(str(tmp_path), Clock, train_layers=1)
-    near(loaded.values(PROMPTS), agent.values(PROMPTS), "the critic", tol=1e-6)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    for lm in (loaded.lm, plain):
+    loaded = load_agent(str(tmp_path), Clock)
+    rows = [(ids_of("you see"), ids_of("eat"))]
+    near(loaded.judge(rows), agent.judge(rows), "the critic")
+    for lm in (loaded.lm, AutoModelForCausalLM.from_pretrained(tmp_path)):
         near(read(lm, "you", [3]), read(agent.lm, "you", [3]), "logits", tol=1e-5)
-    list(train(loaded, Clock, Config(updates=1, n_envs=2, n_steps=2, lr=0.01, critic_steps=2)))
-    for name, x in loaded.state_dict().items():
-        same = torch.equal(x, agent.state_dict()[name])
-        learns = ".1." in name or name.startswith("head")
-        assert same != learns, f"{name}: the last layer learns, and the critic's head"
     torch.save({"head.bias": torch.zeros(1)}, tmp_path / "critic.pt")
     with pytest.raises(ValueError, match="of another model"):
         load_agent(str(tmp_path), Clock)
-    (tmp_path / "critic.pt").write_bytes(b"half")
-    with pytest.raises(ValueError, match="cannot load"):
-        load_agent(str(tmp_path), Clock)
+
+
+def test_train_layers_are_the_language_models():
+    vision = SIZES | dict(image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=SIZES, vision_config=vision)
+    lm = AutoModelForCausalLM.from_config(config)
+    agent = load_agent("any", None, train_layers=1, load=lambda *_: (lm, TOKENIZER))
+    for name, x in [*agent.lm.named_parameters(), *agent.body.named_parameters()]:
+        assert x.requires_grad == ("language_model.layers.1." in name), name
 
 
 def readme_block(word):
@@ -1532,44 +1525,41 @@ def verl(monkeypatch):
     return space
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
 def test_readme_has_bad_for_verl(verl, dtype):
     # the stream of test_gae_by_hand, with an observation (9) after each of its two actions
-    r, v, mask = torch.tensor([[[0, 2, 9, 0, 4, 9]], [[1, 2, 9, 3, 4, 9]], [[1, 1, 0, 1, 1, 0]]])
+    r, v, mask = t("0 2 9 0 4 9 | 1 2 9 3 4 9 | 1 1 0 1 1 0")[:, None]
     _, returns = verl["bad"](r, v.bfloat16(), mask.to(dtype), 0.5, 0.25)
-    near(returns[mask == 1], RETURNS, "not BAD: λ inside an action, or its end elsewhere?")
+    near(returns[mask == 1], t(RETURNS).flatten(), "not BAD: λ inside, or an end elsewhere?")
     assert returns.dtype == torch.float32, "half precision is too coarse for sums"
 
 
 def test_readme_has_verls_numbers(verl):
     """Those of verl's own GAE if γ_w = γ and λ_w = λ."""
     # made by verl's own functions with γ = .9, λ = .8; the masked slot holds a value, too
-    r = t([[-120, 970, -300, -300, 533, 2332, 682, 0, -300, -300]]) / 1000
-    v = t([[-1953, -1687, -1100, 359, -1149, 1801, 386, -432, 795, 393]]) / 1000
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 0, 1, 1]])
-    right = t([1.168329, 1.477668, .851753, .406974, 1.987441, .282852, -.192162, -.955798,
-               -.648236])
+    r, v, mask = t("""-.12 .97 -.3 -.3 .533 2.332 .682 0 -.3 -.3 |
+        -1.953 -1.687 -1.1 .359 -1.149 1.801 .386 -.432 .795 .393 | 1 1 1 1 1 1 1 0 1 1""")[:, None]
+    right = t("1.168329 1.477668 .851753 .406974 1.987441 .282852 -.192162 -.955798 -.648236")
     verl["bad_discounts"] = lambda end, done, gamma: bad_discounts(end, done, gamma, gamma)
     advantages, _ = verl["bad"](
         token_level_rewards=r, values=v, response_mask=mask, gamma=0.9, lam=0.8)  # as verl calls it
     right = (right - right.mean()) / right.std()        # with its other row it was whitened
-    near(advantages[mask == 1], right, "not verl's own GAE, whitened", tol=1e-4)
+    near(advantages[mask == 1], right[0], "not verl's own GAE, whitened", tol=1e-4)
 
 
 # ------------------------------------------------------------------ tabular environments
 
 
 def test_token_mdp_by_hand():
-    """Actions a, b c, b a c; prefixes, shorter first: (), (b), (b a)."""
-    mdp = small_mdp()
-    assert mdp.prefixes == ((), (1,), (1, 0))
-    assert mdp.child.tolist() == [[-1, 1, -1], [2, -1, -1], [-1, -1, -1]]
-    assert mdp.leaf.tolist() == [[0, -1, -1], [-1, -1, 1], [-1, -1, 2]]
-    reward = np.zeros((1, 2))
-    copy = TokenMDP([[[1], [1]]], reward, np.eye(2, dtype=int), ["a", "b"])
+    """Actions a, b a, b b c; prefixes, shorter first: (), (b), (b b)."""
+    reward = np.zeros((1, 3))
+    mdp = TokenMDP([[[1]] * 3], reward, [[0], [1, 0], [1, 1, 2]], ["a", "b", "c"])
     reward[:] = 7
-    near(copy.reward, [[0, 0]], "tables must be copied")
-    assert copy.actions == ((1, 0), (0, 1))
+    near(mdp.reward, [[0, 0, 0]], "tables must be copied")
+    assert mdp.actions == ((0,), (1, 0), (1, 1, 2))
+    assert mdp.prefixes == ((), (1,), (1, 1))
+    assert mdp.child.tolist() == [[-1, 1, -1], [-1, 2, -1], [-1, -1, -1]]
+    assert mdp.leaf.tolist() == [[0, -1, -1], [1, -1, -1], [-1, -1, 2]]
 
 
 def test_random_mdp():
@@ -1587,8 +1577,6 @@ def test_random_mdp():
 def test_lunch_mdp_fools_the_naive_learner():
     mdp = lunch_mdp()
     assert len(mdp.reward) <= 5
-    said = {" ".join(mdp.vocab[w] for w in action) for action in mdp.actions}
-    assert said == set().union(*envs.Lunch.actions.values()), "not the sentences of `lunch`"
     length = t([len(action) for action in mdp.actions])
     q, _ = exact(mdp, 0.95)
     naive, _ = exact(mdp, 0.95, 0.95)
@@ -1601,10 +1589,8 @@ def test_lunch_mdp_fools_the_naive_learner():
 
 
 def explore(env):
-    """Everything that play can reach: a list of (state, its menu), the start first, and rows.
-
-    Of each action (number of its state, moves, reward, success, number of the next or -1).
-    """
+    """Everything that play can reach: a list of (state, its menu), the start first, and one row
+    (number of the state, moves, reward, success, number of the next state or -1) an action."""
     _, info = env.reset(0)
     found = [(env.state, info["menu"])]
     number = {env.state: 0}
@@ -1650,15 +1636,6 @@ def induction(rows, column, limit, penalty, reduce, gamma=1.0):
     return v[0, 0]
 
 
-def time_out(env, limit):
-    """The reward of the last of so many steps that do nothing."""
-    env.reset()
-    for _ in range(limit):
-        _, reward, _, truncated, info = env.step("nonsense")
-    assert truncated and info["success"] is False
-    return reward
-
-
 @pytest.mark.parametrize("name, limit, states, fewest, sequences, best, success, mean", [
     ("pancake", 5, 3, 3, 1, .9025, 68.75, .375),
     ("lunch", 12, 2, 2, 1, .95, 49.951, .84917),
@@ -1668,10 +1645,8 @@ def time_out(env, limit):
     ("salad2", 200, 1156, 10, 48, .91765, 1.0191, -.55652)])
 def test_reference_numbers(name, limit, states, fewest, sequences, best, success, mean):
     """Best return at γ = .95; success in percent and mean return (γ = 1) of a random agent."""
-    env = make(name)
-    found, rows = explore(env)
+    found, rows = explore(make(name))
     penalty = -float(name == "pancake")  # at the time limit
-    assert time_out(env, limit) == pytest.approx(penalty - .001 * name.startswith("salad"))
     assert len(found) == states
     assert shortest(states, rows) == (fewest, sequences)
     near(induction(rows, 2, limit, penalty, "amax", 0.95), best, "best return", tol=1e-4)
@@ -1697,12 +1672,25 @@ def test_food_hides_what_is_out_of_sight():
     assert env.state != closed.state
 
 
-@pytest.mark.parametrize("wording, lengths", [("short", {5}), ("mixed", set(range(5, 14)))])
-def test_orders(wording, lengths):
+def test_salad_by_hand():
+    """One delivered salad: tomato, board, chop, bowl, fill it, counter."""
+    # cells walked: 1 | 4 | 0 | 8 | 8 | 2; taking, putting, serving is one move, chopping three
+    plan = [("pick up the tomato", 2, 0), ("put the tomato on the first board", 5, 0),
+            ("chop the tomato", 3, .2), ("take the bowl", 9, 0),
+            ("put the tomato in the bowl", 9, 0), ("serve the dish", 3, 1)]
+    env = make("salad")
+    for action, moves, event in plan:
+        _, reward, terminated, truncated, info = env.step(action)
+        right = -.1 * (1 - .99 ** moves) + .99 ** (moves - 1) * event
+        assert reward == pytest.approx(right), action
+    assert terminated and info["success"]
+
+
+def test_orders():
     """Every guest has one wish; a random order is a quarter right; all wishes pay 1 in all."""
     wishes = {}
     for seed in range(20):
-        env = make("orders", guests=2, wording=wording)
+        env = make("orders", guests=2)
         guest, info = env.reset(seed)
         state = env.state
         pays = {}
@@ -1712,13 +1700,11 @@ def test_orders(wording, lengths):
             pays[action] = env.step(action)[1]
         wish = max(pays, key=pays.get)
         assert len(pays) == 256 and pays[wish] == 1 / 2
-        assert {len(action.split()) for action in pays} == lengths
         assert sum(pays.values()) / 256 == pytest.approx(0.25 / 2)
         assert wishes.setdefault(guest, wish) == wish, "a guest changed its mind"
         assert env.step("nonsense")[1:3] == (0, True), "it ends with the second guest"
     assert len(wishes) == len(set(wishes.values())) == 4
-    env = make("orders", slots=8, words=6, wording=wording)
-    assert env.step(env.random_action())[-1] == {}, "valid; 6⁸ sentences are too many to list"
+    assert "menu" not in make("orders", slots=6).reset()[1], "4⁶ sentences are too many to list"
 
 
 # ------------------------------------------------------------------ calling convention
@@ -1735,6 +1721,19 @@ def test_any_string_is_safe(name, text):
     assert reward == pytest.approx(penalty.get(name, 0))
     if name not in ("orders", "scikit"):  # the next guest, the last error
         assert env.state == state
+
+
+@pytest.mark.parametrize("name, limit", [
+    ("pancake", 5), ("lunch", 12), ("food", 50), ("entertainment", 50), ("salad", 200),
+    ("salad2", 200), ("scikit", 5)])
+def test_time_limit(name, limit):
+    env = make(name)
+    for i in range(1, limit + 1):
+        _, reward, terminated, truncated, info = env.step("nonsense")
+        assert not terminated
+        assert truncated == (i == limit) == ("success" in info)
+    assert info["success"] is False
+    assert name != "pancake" or reward == -1
 
 
 @pytest.mark.parametrize("name", sorted(set(ENVS) - {"scikit"}))
@@ -1758,48 +1757,6 @@ def test_episodes(name):
             assert ("success" in info) == over
 
 
-@pytest.mark.parametrize("menu", [tuple(MENU), np.array(MENU), iter(MENU)])
-def test_player_takes_numpy_and_iterators(menu):
-    """At the end an empty menu is fine, too."""
-    env = Mock()
-    env.reset.return_value = "you", {"menu": menu}
-    env.step.return_value = "you", np.float32(2), np.False_, np.True_, {"success": 1, "menu": []}
-    player = Player(env)
-    assert player.menu == MENU and {type(text) for text in player.menu} == {str}
-    assert player.step("eat") == player.total == 2
-    assert player.over is player.cut is player.success is True
-
-
-def test_make_players():
-    first, second = envs.make_players(Clock, [0, 1])
-    assert first.env is not second.env
-    with pytest.raises(ValueError, match="a new environment at each call"):
-        envs.make_players(lambda: first.env, [0, 1])
-
-
-class Desk(envs.Story):
-    start = "Say it:\n"
-    text = "{}"
-    scenes = {start: start, "Again:": "Again:"}
-    pays = {}
-    actions = dict.fromkeys(scenes, {
-        "put mug 1 in/on desk 1": start, "weights='distance'": "Again:", "eat ice-cream, a": start,
-        "make_pipeline(StandardScaler(), SVC(C=0.5))": start, "if x:\n    y": "Again:"})
-
-
-def test_tiny_lm_writes_what_it_reads():
-    """The tokens that follow a prompt say exactly the text; a word is one token anywhere."""
-    _, tokenizer = envs.tiny_lm(Desk, pretrain_steps=0)
-    for prompt, menu in Desk.actions.items():
-        begin = tokenizer(prompt).input_ids
-        for text in menu:
-            ids = tokenizer(envs.joined(prompt, text)).input_ids
-            assert ids[:len(begin)] == begin and tokenizer.unk_token_id not in ids
-            assert tokenizer.decode(ids[len(begin):]).strip() == text
-    first, *words = tokenizer("put no put").input_ids
-    assert len(words) == 2 and first == words[-1]
-
-
 MDP = {"transition": [[[1], [1]]], "reward": [[0, 0]], "actions": [(0,), (1,)], "vocab": "ab"}
 
 
@@ -1813,8 +1770,7 @@ MDP = {"transition": [[[1], [1]]], "reward": [[0, 0]], "actions": [(0,), (1,)], 
     (random_mdp, {"seed": 0, "actions": 9, "vocab": 2, "max_length": 3}),
     (make, {"name": "nope"}),
     (make, {"name": "food", "colour": "red"}),
-    (make, {"name": "orders", "guests": 0}),
-    (make, {"name": "orders", "wording": "long"})])
+    (make, {"name": "orders", "guests": 0})])
 def test_environments_refuse_bad_input(f, options):
     with pytest.raises(ValueError):
         f(**options)
@@ -1841,7 +1797,6 @@ def test_scikit_score():
     assert "wine" in obs and "menu" not in info
     _, *end, info = env.step("RandomForestClassifier(n_estimators=5)")
     assert end == [pytest.approx(np.mean(scores)), True, False] and info["success"]
-    assert time_out(env, 5) == -1
     line = "make_pipeline(StandardScaler(), LogisticRegression(C=0.5))"
     assert make("scikit").step(line)[1] > 0.98, "on two classes"
 
@@ -1868,15 +1823,15 @@ def test_menu_logp_is_not_rounded():
     assert log_pi[2] == -INF, f"what is not allowed is -inf, not {log_pi[2]}"
 
 
-def test_assign_takes_rows_and_trust():
-    """One player's two actions of two tokens; trust ¾ is λ_w = ¼. The δ are those of STREAM."""
+@WITH_ALL_MASKS
+def test_assign_takes_masks_of_any_type(dtype):
+    """One player's two actions of two tokens; λ_w = ¼. The δ are those of STREAM."""
     # A₃ = 0, A₂ = 1 + ¼·0, A₁ = 1½ + ½·1, A₀ = 1 + ¼·2
-    values = t("1 2 | 3 4")
-    config = Config(gamma=.5, lam=1.0)
-    outcome = t([2, 4]), t([0, 1]), t([9])  # rewards and done as (B·T,)
-    advantages, _ = assign(config, torch.ones(2, 2), values, *outcome, trust=.75)
-    near(advantages, "1.5 2 | 1 0", "λ_w is 1 - trust", """
-trust ignored: 3 2 | 1 0
+    config = Config(gamma=.5, lam=1.0, lam_token=.25)
+    mask = torch.ones(2, 2).to(dtype)
+    advantages, _ = assign(config, mask, t("1 2 | 3 4"), t("2 4"), t("0 1").to(dtype))
+    near(advantages, "1.5 2 | 1 0", "A = δ + γ_w λ_w A' inside an action", """
+λ_w ignored: 3 2 | 1 0
 returns and advantages swapped: 2.5 4 | 4 4""")
 
 
@@ -2722,17 +2677,17 @@ menu_logp: .float() -> .bfloat16()
 menu_logp: -torch.inf -> -1e9
 score: entry[:-1] -> entry
 score: len(text.split()) -> len(text)
-score: (prompt, None, entry[:-1]) -> (prompt, menu, entry)
+score: (menu.context, entry[:-1], None) -> (menu.context, entry, menu)
 score: == "twosome" -> == "glam"
 score: slots[..., 0].sum(1) -> slots[..., 0].mean(1)
 assign: end * rewards -> mask * rewards
 assign: end & done. -> end & ~done.
 assign: config.lam, lam_token -> lam_token, config.lam
-assign: config, trust -> config
-assign: last_values=last_values -> last_values=0 * last_values
+assign: config.inside -> 1.0, 1.0
+assign: last_values=torch.zeros -> last_values=torch.ones
 assign: config.gamma, gamma_token -> gamma_token, config.gamma
 assign: mask.sum(1, keepdim=True) -> mask.shape[1]
-assign: rewards.reshape(-1, 1) -> rewards[:, :].reshape(-1, 1)
+assign: rewards.reshape(-1, 1) -> rewards.T.reshape(-1, 1)
 assign: return advantages.view -> return (advantages + values).view
 """
 
