@@ -655,8 +655,8 @@ def pad(rows, device="cpu", side="right"):
     return ids.clamp(min=0), ids >= 0
 
 
-# Two ways to read R rows, pairs of token tuples, a prompt and a prefix of an action, up to P
-# and W long: an LM's logits, or a body's features, after it and each token of the prefix.
+# Two ways to read R rows, pairs of token tuples: a prompt and a prefix of an action, up to
+# P and W long. → an LM's logits, or a body's features, after it and each prefix token
 
 
 def read_plainly(model, rows):
