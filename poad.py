@@ -601,19 +601,19 @@ def encode(tokenizer, text):
 
 @dataclass(frozen=True, eq=False)               # hashed by identity
 class Menu:
-    """What may be said after a prompt, as token sequences, eos included, and their trie."""
+    """What may be said after a prompt, and its trie."""
     context: tuple              # the prompt's token ids
     texts: tuple                # A strings
-    entries: list               # A tuples of token ids
+    entries: list               # A tuples of token ids, eos included
     trie: dict                  # prefix → the tokens with which some entry goes on
 
 
+@lru_cache(maxsize=4096)
 def encode_menu(tokenizer, prompt, texts):
     """The Menu of a tuple of strings after a prompt; ValueError for what cannot be one.
 
-    An entry's tokens are those that the tokenizer adds to the prompt's when it reads both
-    as one text, with a space between them unless the prompt ends in white space.
-    """
+    An entry's tokens are those that follow the prompt's when both are read as one text
+    (`joined`). What was made is kept: the same arguments, the same Menu."""
     require(texts, "the menu is empty: at least one action is expected")
     context = encode(tokenizer, prompt)
     entries = []
@@ -625,9 +625,8 @@ def encode_menu(tokenizer, prompt, texts):
                 f"to the tokenizer the end of {prompt!r} and the beginning of {text!r} are "
                 "one token: end the prompt with a word")
         entry = (*ids[len(context):], tokenizer.eos_token_id)
-        require(len(entry) > 1 and entry not in entries,
-                f"{text!r} is empty, or the tokenizer cannot tell it from another entry "
-                f"of {texts}")
+        require(len(entry) > 1 and entry not in entries, f"{text!r} is empty, or the "
+                f"tokenizer cannot tell it from another entry of {texts}")
         entries.append(entry)
         for j, token in enumerate(entry):
             trie.setdefault(entry[:j], set()).add(token)
@@ -656,18 +655,51 @@ def pad(rows, device="cpu", side="right"):
     return ids.clamp(min=0), ids >= 0
 
 
-def positions(mask):
-    """Where tokens stand: the padding on a row's left does not count."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
+# Two ways to read R rows, pairs of token tuples: a prompt and a prefix of an action, up to
+# P and W long. → an LM's logits, or a body's features, after it and each prefix token
+
+
+def read_plainly(model, rows):
+    """Both as one sequence, padded on its right, where a causal LM does not look."""
+    ids, _ = pad([prompt + prefix for prompt, prefix in rows], model.device)
+    out = model(input_ids=ids, use_cache=False)[0]                          # (R, P + W, ·)
+    parts = []
+    for row, (prompt, prefix) in zip(out, rows):
+        parts.append(row[len(prompt) - 1:len(prompt) + len(prefix)])
+    return pad_sequence(parts, batch_first=True)                            # (R, W + 1, ·)
+
+
+def read_shared(model, rows):
+    """Each of U prompts once, but for its last token, which is read with every prefix."""
+    shared = [prompt[:-1] for prompt, _ in rows]
+    prompts = list(dict.fromkeys(shared))
+    ids, mask = pad(prompts, model.device, "left")                          # (U, P − 1)
+    cache = DynamicCache(config=model.config)
+    read_on(model.base_model, ids, mask, cache)
+    owner = torch.tensor([prompts.index(prompt) for prompt in shared], device=model.device)
+    cache.batch_select_indices(owner)
+    ids, more = pad([prompt[-1:] + prefix for prompt, prefix in rows], model.device)
+    mask = torch.cat([mask[owner], more], 1)                                # (R, P + W)
+    return read_on(model, ids, mask, cache)
+
+
+def read_on(model, ids, mask, cache):
+    """Tokens behind those in the cache; the mask, of them all, tells where they stand."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)           # padding does not count
+    return model(input_ids=ids, attention_mask=mask, cache=cache,
+                 position_ids=positions[:, -ids.shape[1]:])[0]              # (R, W + 1, ·)
+
+
+def alike(x, y):
+    """Are two tensors of logits equal, up to rounding?"""
+    return bool((x - y).abs().max() < 0.02 * y.std())
 
 
 class LanguageAgent(nn.Module):
     """A transformers causal LM, with its tokenizer, that writes actions; and their critic.
 
-    The critic v(o, w<ʲ) is a linear head on its own copy of the LM's body. Who calls whom:
-    act → score (of every entry of the menus) → slots → read, to choose; act → evaluate →
-    slots, to record; judge → read. What they return lies on the CPU, `read`'s apart.
-    """
+    The critic v(o, w<ʲ) is a linear head on its own copy of the LM's body. To choose, act →
+    score → slots → read; to record, act → slots. Results lie on the CPU, `read`'s apart."""
 
     def __init__(self, lm, tokenizer, max_new_tokens=32):
         super().__init__()
@@ -685,7 +717,9 @@ class LanguageAgent(nn.Module):
             max_new_tokens=max_new_tokens, eos_token_id=list(self.ends))
         self.body = copy.deepcopy(lm.base_model)            # frozen layers stay frozen
         self.eval()
-        self.head = nn.Linear(self._test(), 1, device=lm.device)
+        self._test()
+        features = read_plainly(self.body, [((0,), ())])                    # (1, 1, H)
+        self.head = nn.Linear(features.shape[-1], 1, device=lm.device)
         for weights in self.head.parameters():
             nn.init.zeros_(weights)                         # v = 0 before the first reward
 
@@ -700,94 +734,52 @@ class LanguageAgent(nn.Module):
 
     @torch.no_grad()
     def _test(self):
-        """Find a way to read that gives what one forward a prefix gives, or ValueError.
-
-        Free text must be sampled from what is read, too. → H, the size of body's features.
-        """
+        """Can prompts be shared? ValueError for no causal LM, or another sampler's."""
         name = type(self.lm).__name__
-        end = self.lm.get_input_embeddings().weight.shape[0] - 1
-        rows = [((0, end, 1), (0, end)), ((end,), (end, 0)), ((0, end, 1), (end, 1))]
-        alone = []
-        for prompt, prefix in rows:
-            for j in range(3):
-                alone.append(self.read(self.lm, [(prompt + prefix[:j], ())])[0, 0])
-        alone = torch.stack(alone)                                          # (9, V)
-        for self.shares_prompts in (True, False):           # stays at the first that passes
-            with suppress(Exception):                       # a model may fail in any way
-                error = self.read(self.lm, rows).flatten(0, 1) - alone
-                if error.abs().max() < 0.02 * alone.std():
-                    break
-        else:
-            raise ValueError(f"{name} is no causal language model: what it says after some "
-                             "tokens depends on what follows them")
+        rows = [((0, 2, 1), (0, 2)), ((2,), (2, 0)), ((0, 2, 1), (2, 1))]
+        prompts = [prompt for prompt, _ in rows]
+        plain = read_plainly(self.lm, rows)                                 # (3, 3, V)
+        alone = [read_plainly(self.lm, [(prompt, ())]) for prompt in prompts]
+        require(alike(plain[:, :1], torch.cat(alone)), f"{name} is no causal language "
+                "model: what it says after some tokens depends on what follows them")
+        self.shares_prompts = False
+        with suppress(Exception):                           # a model may fail in any way
+            self.shares_prompts = alike(read_shared(self.lm, rows), plain)
         if self.shares_prompts:
-            prompts = [prompt for prompt, _ in rows]
-            actions, _, drawn = zip(*self._write_freely(prompts, torch.Generator()))
-            read = self.slots(list(zip(prompts, actions, [None] * 3)))
-            error = torch.cat(drawn) - torch.cat(read)[:, 0]
-            require(error.abs().max() < 0.02 * alone.std(),
+            written, drawn = self._generate(prompts, torch.Generator())
+            read = self.read(self.lm, list(zip(prompts, written)))          # (3, W + 1, V)
+            require(alike(torch.stack(drawn, 1), read[:, :-1]),
                     f"{name} samples free text from something else than what is read")
-        return self.read(self.body, rows).shape[-1]
 
     def read(self, model, rows):
-        """What a model says after each of R prompts, and after each token of R prefixes.
+        """`read_shared` where prompts repeat and the LM can do it, else `read_plainly`.
+        ValueError for what is too long for the LM, or not in its vocabulary."""
+        self._check([prompt + prefix for prompt, prefix in rows])
+        shared = {prompt[:-1] for prompt, _ in rows}
+        if self.shares_prompts and any(shared) and len(shared) < len(rows):
+            return read_shared(model, rows)
+        return read_plainly(model, rows)
 
-        rows: pairs of token tuples, prompt and prefix. → (R, W + 1, V) logits of the LM, or
-        (R, W + 1, H) features of a body; W is the longest prefix's length. Plainly: prompt
-        and prefix are one row, padded on its right, where a causal LM does not look. Where
-        prompts repeat, each of U is read once, up to its last token; then its cache is
-        copied to its rows, and each reads that last token and its prefix.
-        """
-        self._check(rows)
-        prompts = list(dict.fromkeys(prompt for prompt, _ in rows))
-        repeat = len(prompts) < len(rows) and max(map(len, prompts)) > 1
-        if not (repeat and self.shares_prompts):
-            ids, _ = pad([prompt + prefix for prompt, prefix in rows], model.device)
-            out = model(input_ids=ids, use_cache=False)[0]                  # (R, P + W, ·)
-            parts = []
-            for row, (prompt, prefix) in zip(out, rows):
-                parts.append(row[len(prompt) - 1:len(prompt) + len(prefix)])
-            return pad_sequence(parts, batch_first=True)                    # (R, W + 1, ·)
-
-        ids, mask = pad(prompts, model.device, "left")                      # (U, P)
-        cache = DynamicCache(config=model.config)
-        model.base_model(
-            input_ids=ids[:, :-1], attention_mask=mask[:, :-1],
-            position_ids=positions(mask)[:, :-1], cache=cache)
-        owner = [prompts.index(prompt) for prompt, _ in rows]
-        cache.batch_select_indices(torch.tensor(owner, device=model.device))
-        more, real = pad([prefix for _, prefix in rows], model.device)      # (R, W)
-        ids = torch.cat([ids[owner, -1:], more], 1)                         # (R, 1 + W)
-        mask = torch.cat([mask[owner], real], 1)                            # (R, P + W)
-        return model(
-            input_ids=ids, attention_mask=mask,
-            position_ids=positions(mask)[:, -ids.shape[1]:], cache=cache)[0]
-
-    def _check(self, rows):
-        """ValueError for what is longer than the LM's positions, or not in its vocabulary."""
-        limit = getattr(
-            self.lm.config.get_text_config(), "max_position_embeddings", math.inf)
-        size = self.lm.get_input_embeddings().weight.shape[0]
-        for prompt, prefix in rows:
-            length = len(prompt) + len(prefix)
-            require(length <= limit, f"a prompt and its action are {length} tokens, and the "
-                    f"LM reads at most {limit}")
-            require(max(prompt + prefix) < size, f"the LM has {size} tokens, its tokenizer "
-                    "more: call resize_token_embeddings")
+    def _check(self, texts):
+        config = self.lm.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", math.inf)
+        size = len(self.lm.get_input_embeddings().weight)
+        for ids in texts:
+            require(len(ids) <= limit, f"a prompt and its action are {len(ids)} tokens, "
+                    f"and the LM reads at most {limit}")
+            require(max(ids) < size, f"the LM has {size} tokens, its tokenizer more: call "
+                    "resize_token_embeddings")
 
     def judge(self, rows):
-        """The critic's v (B, W + 1) after each of B prompts, and each token of B prefixes.
-
-        rows: pairs of token tuples, prompt and prefix; equal rows are read once.
-        """
-        number = {row: r for r, row in enumerate(dict.fromkeys(rows))}
-        features = self.read(self.body, list(number))
+        """The critic's v (B, W + 1) of rows as in `read`, equal ones read once."""
+        distinct = list(dict.fromkeys(rows))
+        features = self.read(self.body, distinct)
         values = self.head(features.float()).squeeze(-1).cpu()
-        return values[[number[row] for row in rows]]
+        return values[[distinct.index(row) for row in rows]]
 
     @contextmanager
     def standing_still(self):
-        """Inside, no weight changes, and nothing is encoded or read twice."""
+        """Inside, no weight changes, and nothing is read twice."""
         self.memory = {}
         try:
             yield
@@ -795,33 +787,32 @@ class LanguageAgent(nn.Module):
             self.memory = None
 
     def recall(self, rows, work):
-        """What `work` makes of each row: of distinct rows, in parts, and of new ones only."""
-        known = {}
-        if self.memory is not None:
-            known = self.memory
+        """What `work` makes of R rows, (R, L, …), 0-padded: it gets new ones, in parts."""
+        known = self.memory
+        if known is None:
+            known = {}
         new = [row for row in dict.fromkeys(rows) if row not in known]
-        for start in range(0, len(new), 256):               # large menus in parts
+        for start in range(0, len(new), 256):               # large menus
             part = new[start:start + 256]
             known.update(zip(part, work(part)))
-        return [known[row] for row in rows]
+        return pad_sequence([known[row] for row in rows], batch_first=True)
 
     def slots(self, rows):
         """log π, entropy, choice of every token of R written actions: R tensors (L, 3).
-
-        rows: (context, token ids, Menu or None); with a Menu the ids are one of its entries.
-        """
+        rows: (context, token ids, Menu or None); with a Menu the ids are an entry's."""
         logits = self.read(self.lm, [(context, ids[:-1]) for context, ids, _ in rows])
         allowed = torch.ones_like(logits, dtype=torch.bool)                 # (R, L, V)
         for r, (_, ids, menu) in enumerate(rows):
-            if menu is not None:
+            if menu:
                 for j in range(len(ids)):
                     allowed[r, j] = False
                     allowed[r, j, list(menu.trie[ids[:j]])] = True
         pi = Categorical(logits=menu_logp(logits, allowed))     # ValueError if NaN
-        ids, _ = pad([ids for _, ids, _ in rows], logits.device)            # (R, L)
+        written = [ids for _, ids, _ in rows]
+        ids, _ = pad(written, logits.device)                                # (R, L)
         choice = allowed.sum(2) > 1                         # read off the trie
         slots = torch.stack([pi.log_prob(ids), pi.entropy(), choice], 2).cpu()
-        return [x[:len(ids)] for x, (_, ids, _) in zip(slots, rows)]
+        return [x[:len(ids)] for x, ids in zip(slots, written)]
 
     def score(self, prompts, menus, policy="glam"):
         """How likely the LM finds each entry of a menu: B tensors (A,), with gradient.
@@ -843,7 +834,7 @@ class LanguageAgent(nn.Module):
                 rows += [(menu.context, entry[:-1], None) for entry in menu.entries]
             else:
                 rows += [(menu.context, entry, menu) for entry in menu.entries]
-        slots = pad_sequence(self.recall(rows, self.slots), batch_first=True)
+        slots = self.recall(rows, self.slots)                               # (R, L, 3)
         scores = slots[..., 0].sum(1)                                       # of all entries
         if policy == "twosome":
             scores = scores / torch.tensor(words)
@@ -855,92 +846,84 @@ class LanguageAgent(nn.Module):
         require(not isinstance(prompts, str) and prompts, "expected a list of prompts")
         if menus is None:
             menus = [None] * len(prompts)
-        kinds = {type(menu) for menu in menus}
-        require(len(menus) == len(prompts) and (kinds <= {list, tuple} or len(kinds) == 1),
-                f"{len(prompts)} prompts need as many menus, each a list of texts, or none")
-        if kinds <= {Menu, type(None)}:
-            require(None not in menus or policy not in RESTRICTED, f"{policy} needs a menu")
-            return menus
-        require(kinds <= {list, tuple}, f"a menu is {menus[0]!r}, expected a list of texts")
-        return self.recall(list(zip(prompts, map(tuple, menus))), self._encode_menus)
+        ready = []
+        for prompt, menu in zip(prompts, menus):
+            if isinstance(menu, (list, tuple)):
+                menu = encode_menu(self.tokenizer, prompt, tuple(menu))
+            ready.append(menu)
+        kinds = {type(menu) for menu in ready}
+        fits = kinds == {Menu} or kinds == {type(None)} and policy not in RESTRICTED
+        require(fits and len(menus) == len(prompts), f"{len(prompts)} prompts need as many "
+                f"menus, each a list of texts, or none (but {RESTRICTED} need them)")
+        return ready
 
-    def _encode_menus(self, rows):
-        return [encode_menu(self.tokenizer, *row) for row in rows]
-
-    def _write_freely(self, contexts, generator):
-        """Free text by `generate` of transformers, up to an end token or the limit.
-
-        → B times: token ids, the text, and the log p that each token was drawn with.
-        """
+    def _generate(self, contexts, generator):
+        """B tuples of W token ids, and the logits, W times (B, V), that drew them."""
         require(self.shares_prompts, f"{type(self.lm).__name__} cannot be read with a "
                 "cache: it can choose from menus, but not write freely")
         room = (0,) * self.lm.generation_config.max_new_tokens
-        self._check([(context, room) for context in contexts])
+        self._check([context + room for context in contexts])
         ids, mask = pad(contexts, self.lm.device, "left")                   # (B, P)
         seed = torch.randint(2**60, (), generator=generator).item()
         with seeded(seed):                                  # `generate` takes no generator
             out = self.lm.generate(ids, attention_mask=mask.long(), output_scores=True,
                                    return_dict_in_generate=True)
-        drawn = self.lm.compute_transition_scores(
-            out.sequences, out.scores, normalize_logits=True).cpu()         # (B, W)
-        written = []
-        for row, logp in zip(out.sequences[:, ids.shape[1]:].tolist(), drawn):
-            words = list(takewhile(lambda token: token not in self.ends, row))
-            text = self.tokenizer.decode(words, skip_special_tokens=True).strip()
-            action = tuple(row[:len(words) + 1])
-            written.append((action, text, logp[:len(action)]))
-        return written
+        written = out.sequences[:, ids.shape[1]:]                           # (B, W)
+        return list(map(tuple, written.tolist())), out.scores
 
     @torch.no_grad()
     def act(self, prompts, menus=None, policy="token", generator=None):
         """Write an action for each of B prompts: a list of B records (`Action`).
 
         With menus (B lists of strings) an entry is drawn from the softmax over its menu's
-        scores. "token": π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's
-        trie and renormalised; "action": the same, as one slot; others: see `score`.
-        Without menus: free text up to `max_new_tokens`, for "token" and "action": n
-        decisions among |V| tokens, where whole sentences would be one among |V|ⁿ.
+        `score`: for "token" π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's
+        trie and renormalised; "action" is the same, as one slot. Without, these two write
+        free text: n decisions among |V| tokens, where sentences would be one among |V|ⁿ.
         """
         menus = self.menus(prompts, menus, policy)
         if menus[0] is None:
-            contexts = [encode(self.tokenizer, prompt) for prompt in prompts]
-            actions, texts, _ = zip(*self._write_freely(contexts, generator))
+            actions = self._write_freely(prompts, generator)
         else:
-            contexts = [menu.context for menu in menus]
+            actions = []
             scores = pad_sequence(self.score(prompts, menus, policy), True, -torch.inf)
             picks = scores.softmax(-1).multinomial(1, generator=generator)[:, 0]
-            actions = [menu.entries[k] for menu, k in zip(menus, picks)]
-            texts = [menu.texts[k] for menu, k in zip(menus, picks)]
-        records = [Action(*row) for row in zip(prompts, contexts, menus, texts, actions)]
-        for record, slots in zip(records, self._slots_of(records, policy)):
-            record.logp, _, choice = slots.unbind(-1)
-            record.choice = choice.bool()
-        return records
+            for prompt, menu, k in zip(prompts, menus, picks):
+                actions.append(
+                    Action(prompt, menu.context, menu, menu.texts[k], menu.entries[k]))
+        for action, slots in zip(actions, self._slots_of(actions, policy)):
+            action.logp, _, choice = slots[:len(action.ids)].unbind(1)
+            action.choice = choice.bool()
+        return actions
+
+    def _write_freely(self, prompts, generator):
+        contexts = [encode(self.tokenizer, prompt) for prompt in prompts]
+        written, _ = self._generate(contexts, generator)
+        actions = []
+        for prompt, context, row in zip(prompts, contexts, written):
+            words = list(takewhile(lambda token: token not in self.ends, row))
+            text = self.tokenizer.decode(words, skip_special_tokens=True).strip()
+            ids = row[:len(words) + 1]
+            actions.append(Action(prompt, context, None, text, ids))
+        return actions
 
     def evaluate(self, actions, policy="token"):
-        """Written actions under the present weights, with gradient: what PPO compares.
-
-        actions: B records of `act` with this policy; where a menu is None, log π is over
-        the vocabulary. → logp, entropy: (B, L), zero where padded; (B, 1) unless "token".
-        """
-        slots = pad_sequence(self._slots_of(actions, policy), batch_first=True)
-        return slots[..., 0], slots[..., 1]
+        """log π and entropy of B records of `act` under the present weights, with gradient:
+        (B, L), zero where padded; (B, 1) unless "token". Free text: over the vocabulary."""
+        return self._slots_of(actions, policy).unbind(2)[:2]
 
     def _slots_of(self, actions, policy):
-        """log π, entropy, choice of the slots of B written actions: B tensors (slots, 3)."""
+        """log π, entropy, choice of the slots of B written actions: (B, L or 1, 3)."""
         if policy not in RESTRICTED:
             slots = self.recall([(a.context, a.ids, a.menu) for a in actions], self.slots)
             if policy == "action":
-                slots = [x.sum(0, keepdim=True) for x in slots]
+                slots = slots.sum(1, keepdim=True)
             return slots
         menus = [a.menu for a in actions]
-        slots = []
-        for action, scores in zip(actions, self.score([""] * len(menus), menus, policy)):
-            pi = Categorical(logits=scores)                                 # over A
-            k = torch.tensor(action.menu.entries.index(action.ids))
-            choice = torch.tensor(len(scores) > 1)
-            slots.append(torch.stack([pi.log_prob(k), pi.entropy(), choice])[None])
-        return slots
+        scores = self.score([a.prompt for a in actions], menus, policy)
+        pi = Categorical(logits=pad_sequence(scores, True, -torch.inf))     # over A
+        picks = torch.tensor([a.menu.entries.index(a.ids) for a in actions])
+        choice = torch.tensor([len(menu.texts) > 1 for menu in menus])
+        return torch.stack([pi.log_prob(picks), pi.entropy(), choice], 1)[:, None]
 
     def save(self, folder):
         """Write LM and tokenizer by `save_pretrained`, the critic beside them."""
@@ -950,12 +933,18 @@ class LanguageAgent(nn.Module):
 
 
 def tiny_agent(env_fn, seed=0, pretrain_steps=300):
-    """A language agent without a download: it has learnt an environment's language only.
-
-    It was trained on observations and random admissible actions, one token a word, and
-    knows nothing of what actions do.
-    """
+    """An agent without a download: it knows an environment's language, one token a word,
+    from observations and random admissible actions, and nothing of what they do."""
     return LanguageAgent(*tiny_lm(env_fn, seed, pretrain_steps))
+
+
+@contextmanager
+def loading(what):
+    """Inside, whatever a loader raises becomes a ValueError that names what it loads."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"cannot load {what}. {error}") from error
 
 
 def load_lm(model, env_fn=None, seed=0):
@@ -967,29 +956,25 @@ def load_lm(model, env_fn=None, seed=0):
     if source.suffix == ".gguf":
         options["gguf_file"] = source.name
         source = source.parent
-    try:
+    with loading(f"{model}: expected tiny, a hub id, a folder or a .gguf file"):
         lm = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:                              # a loader may raise anything
-        raise ValueError(f"cannot load {model}: expected tiny, a hub id, a folder or a "
-                         f".gguf file. {error}") from error
     lm.hf_quantizer = None                                  # or it could not be saved
     return lm, tokenizer
 
 
 def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0, load=load_lm):
-    """The tiny agent ("tiny"), or an agent with a causal LM from elsewhere.
+    """The tiny agent, or one with a causal LM from elsewhere.
 
-    model: a hub id, a folder (of `save`, with its critic, or of any `save_pretrained`) or a
-    .gguf file, else ValueError; train_layers: only so many last layers learn, 0: all.
+    model: as in `load_lm`, else ValueError; a folder of `save` brings its critic.
+    train_layers: only so many last layers learn, 0: all.
     """
     if model != "tiny":
         seed = 0                                            # it is the same for all
     lm, tokenizer = load(model, env_fn, seed)
     lm = copy.deepcopy(lm).to(device)
     if train_layers:
-        lists = (x for x in lm.get_decoder().modules() if isinstance(x, nn.ModuleList))
-        layers = next(lists)                                # a decoder's first list
+        layers, *_ = [x for x in lm.get_decoder().modules() if isinstance(x, nn.ModuleList)]
         require(0 < train_layers <= len(layers),
                 f"train_layers is {train_layers}, but {model} has {len(layers)} layers")
         lm.requires_grad_(False)                            # the critic's copy inherits it
@@ -997,11 +982,8 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0, load=load_lm
     agent = LanguageAgent(lm, tokenizer)
     saved = Path(model) / "critic.pt"
     if saved.exists():
-        try:
+        with loading(f"{saved}: it is broken, or of another model"):
             agent.critic.load_state_dict(torch.load(saved, device, weights_only=True))
-        except Exception as error:                          # the same
-            raise ValueError(
-                f"cannot load {saved}: it is broken, or of another model") from error
     return agent
 
 
