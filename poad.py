@@ -608,12 +608,12 @@ class Menu:
     trie: dict                  # prefix → the tokens with which some entry goes on
 
 
-@lru_cache(maxsize=4096)
 def encode_menu(tokenizer, prompt, texts):
     """The Menu of a tuple of strings after a prompt; ValueError for what cannot be one.
 
     An entry's tokens are those that follow the prompt's when both are read as one text
-    (`joined`). What was made is kept: the same arguments, the same Menu."""
+    (`joined`).
+    """
     require(texts, "the menu is empty: at least one action is expected")
     context = encode(tokenizer, prompt)
     entries = []
@@ -699,7 +699,8 @@ class LanguageAgent(nn.Module):
     """A transformers causal LM, with its tokenizer, that writes actions; and their critic.
 
     The critic v(o, w<ʲ) is a linear head on its own copy of the LM's body. To choose, act →
-    score → slots → read; to record, act → slots. Results lie on the CPU, `read`'s apart."""
+    score → slots → read; to record, act → slots. Results lie on the CPU, `read`'s apart.
+    """
 
     def __init__(self, lm, tokenizer, max_new_tokens=32):
         super().__init__()
@@ -753,7 +754,9 @@ class LanguageAgent(nn.Module):
 
     def read(self, model, rows):
         """`read_shared` where prompts repeat and the LM can do it, else `read_plainly`.
-        ValueError for what is too long for the LM, or not in its vocabulary."""
+
+        ValueError for what is too long for the LM, or not in its vocabulary.
+        """
         self._check([prompt + prefix for prompt, prefix in rows])
         shared = {prompt[:-1] for prompt, _ in rows}
         if self.shares_prompts and any(shared) and len(shared) < len(rows):
@@ -779,18 +782,21 @@ class LanguageAgent(nn.Module):
 
     @contextmanager
     def standing_still(self):
-        """Inside, no weight changes, and nothing is read twice."""
+        """Inside, no weight changes; no menu is encoded, and no action read, twice."""
         self.memory = {}
         try:
             yield
         finally:
             self.memory = None
 
+    @property
+    def known(self):
+        """The memory where there is one, else an empty one for a single call."""
+        return {} if self.memory is None else self.memory
+
     def recall(self, rows, work):
         """What `work` makes of R rows, (R, L, …), 0-padded: it gets new ones, in parts."""
-        known = self.memory
-        if known is None:
-            known = {}
+        known = self.known
         new = [row for row in dict.fromkeys(rows) if row not in known]
         for start in range(0, len(new), 256):               # large menus
             part = new[start:start + 256]
@@ -799,7 +805,9 @@ class LanguageAgent(nn.Module):
 
     def slots(self, rows):
         """log π, entropy, choice of every token of R written actions: R tensors (L, 3).
-        rows: (context, token ids, Menu or None); with a Menu the ids are an entry's."""
+
+        rows: (context, token ids, Menu or None); with a Menu the ids are an entry's.
+        """
         logits = self.read(self.lm, [(context, ids[:-1]) for context, ids, _ in rows])
         allowed = torch.ones_like(logits, dtype=torch.bool)                 # (R, L, V)
         for r, (_, ids, menu) in enumerate(rows):
@@ -847,9 +855,13 @@ class LanguageAgent(nn.Module):
         if menus is None:
             menus = [None] * len(prompts)
         ready = []
+        known = self.known
         for prompt, menu in zip(prompts, menus):
             if isinstance(menu, (list, tuple)):
-                menu = encode_menu(self.tokenizer, prompt, tuple(menu))
+                key = prompt, tuple(menu)
+                if key not in known:
+                    known[key] = encode_menu(self.tokenizer, *key)
+                menu = known[key]
             ready.append(menu)
         kinds = {type(menu) for menu in ready}
         fits = kinds == {Menu} or kinds == {type(None)} and policy not in RESTRICTED
@@ -907,8 +919,10 @@ class LanguageAgent(nn.Module):
         return actions
 
     def evaluate(self, actions, policy="token"):
-        """log π and entropy of B records of `act` under the present weights, with gradient:
-        (B, L), zero where padded; (B, 1) unless "token". Free text: over the vocabulary."""
+        """log π and entropy of B records of `act` under the present weights, with gradient.
+
+        (B, L) each, zero where padded; (B, 1) unless "token". Free text: over the vocabulary.
+        """
         return self._slots_of(actions, policy).unbind(2)[:2]
 
     def _slots_of(self, actions, policy):
@@ -933,8 +947,10 @@ class LanguageAgent(nn.Module):
 
 
 def tiny_agent(env_fn, seed=0, pretrain_steps=300):
-    """An agent without a download: it knows an environment's language, one token a word,
-    from observations and random admissible actions, and nothing of what they do."""
+    """An agent without a download, which knows an environment's language and no more.
+
+    It was trained on observations with random admissible actions, one token a word.
+    """
     return LanguageAgent(*tiny_lm(env_fn, seed, pretrain_steps))
 
 
