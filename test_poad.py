@@ -1,6 +1,9 @@
-"""Tests of poad.py and envs.py: numbers that a reader can work out, with the derivation beside
-them; identities; independent oracles. Nothing is downloaded. The tests of a function f are called
-test_f_..., so that the red ones name the function that is wrong; messages name likely mistakes."""
+"""Tests of poad.py and envs.py, and the course kit that makes an assignment of them.
+
+Numbers that a reader can work out, with the derivation beside them; identities; independent
+oracles. Nothing is downloaded. The tests of a function f are called test_f_..., so that the red
+ones name the function that is wrong; messages name likely mistakes.
+"""
 import argparse
 import ast
 import copy
@@ -8,12 +11,12 @@ import doctest
 import importlib
 import io
 import json
-import runpy
 import math
 import multiprocessing
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -26,7 +29,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import product, repeat
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from unittest.mock import Mock
 
 if __name__ == "__main__" and sys.flags.optimize:  # it strips assertions, so begin without it
@@ -94,7 +97,7 @@ def results(text, table=t):
     return found
 
 
-def near(actual, expected, hint, mistakes={}, tol=1e-9):
+def near(actual, expected, hint, mistakes=MappingProxyType({}), tol=1e-9):
     """Fail with `hint`, or with the name of the mistake whose wrong result this is."""
     __tracebackhide__ = True
     assert actual is not None, f"{hint}: nothing was returned"
@@ -302,8 +305,10 @@ def test_token_backup_ignores_invalid_tokens(junk):
 @ON_RANDOM_MDPS
 @IN_ALL_MODES
 def test_token_backup_naive_solves_another_mdp(mode, seed):
-    """Identities 2 and 3: its fixed point has reward γ_w^(n-1) R and discount γ γ_w^(n-1), and
-    token j of an action is worth γ_w^(n-j) Q."""
+    """Its fixed point has reward γ_w^(n-1) R and discount γ γ_w^(n-1) (identities 2 and 3).
+
+    Token j of an action is worth γ_w^(n-j) Q.
+    """
     mdp = random_mdp(seed)
     kwargs, token_kwargs = settings(mode, mdp)
     gamma_token = 1.0 if mode == "soft" else 0.8  # the soft maximum does not scale with γ_w
@@ -1589,8 +1594,10 @@ def test_lunch_mdp_fools_the_naive_learner():
 
 
 def explore(env):
-    """Everything that play can reach: a list of (state, its menu), the start first, and one row
-    (number of the state, moves, reward, success, number of the next state or -1) an action."""
+    """All that play can reach: a list of (state, its menu), the start first, and rows.
+
+    One for each action: number of the state, moves, reward, success, number of the next or -1.
+    """
     _, info = env.reset(0)
     found = [(env.state, info["menu"])]
     number = {env.state: 0}
@@ -1927,7 +1934,7 @@ def blank_notebook(text):
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
 
-def tests_alone():
+def only_the_tests():
     """This file without the kit."""
     return text_of("test_poad.py").split("-- course kit\n")[0].rstrip("# -\n") + TEST_BLANK
 
@@ -1936,7 +1943,7 @@ def blank(folder, names=EXERCISES):
     """Write an assignment into a new or empty folder."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: nothing was written")
-    tests = tests_alone()
+    tests = only_the_tests()
     code = blank_code(text_of("poad.py"), names).split(RUN)[0] + RUN_BLANK
     texts = {"poad.py": code, "test_poad.py": tests,
              "README.md": blank_readme(text_of("README.md")), "STUDENT.md": STUDENT}
@@ -2035,8 +2042,10 @@ def place(module, name):
 
 
 def graft(module, source, names):
-    """Run a student's statements in poad, one by one; what was given stays as it was. Returns
-    which of them fail: they may not be needed."""
+    """Run a student's statements in poad, one by one; what was given stays as it was.
+
+    Returns which of them fail: they may not be needed.
+    """
     def stop(signal, frame):
         raise TimeoutError("longer than ten seconds")
     signal.signal(signal.SIGALRM, stop)
@@ -2073,8 +2082,11 @@ def belongs(case, name):
 
 
 class Reporter:
-    """A pytest plugin: runs the tests of these exercises, and writes (test case, what is wrong)
-    as text, which the grader can read without running any of it."""
+    """A pytest plugin: runs the tests of these exercises, and writes what is wrong as text.
+
+    The grader can read (test case, what is wrong) without running any of it.
+    """
+
     def __init__(self, names):
         self.names = names
         self.failed = []
@@ -2148,7 +2160,7 @@ def judge(source, names, options=()):
     seconds = int((1 + len(names)) * CPU_SECONDS)
     rest = "Python ended here: a crash, an exit, a loop?"
     texts = {"poad.py": blank_code(text_of("poad.py"), names), "envs.py": text_of("envs.py"),
-             "test_poad.py": tests_alone(), "pytest.ini": "[pytest]\n", "report": ""}
+             "test_poad.py": only_the_tests(), "pytest.ini": "[pytest]\n", "report": ""}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         folder = Path(folder).resolve()
         for name, text in texts.items():
@@ -2171,8 +2183,11 @@ def judge(source, names, options=()):
 
 
 def judge_all(sources, names, options=()):
-    """{test case: what is wrong, or ""} of one exercise in each version. RuntimeError if any is
-    wrong with the reference, which is judged like them: then the fault is not theirs."""
+    """{test case: what is wrong, or ""} of one exercise in each version.
+
+    RuntimeError if any is wrong with the reference, which is judged like them: then the fault
+    is not theirs.
+    """
     with ProcessPoolExecutor(2, FORK) as pool:
         reference = pool.submit(judge, text_of("poad.py"), sorted(set(names)))
         judged = list(pool.map(judge, sources, [[name] for name in names], repeat(options)))
@@ -2464,8 +2479,10 @@ function assign not found"""
 
 
 def test_kit_grade_one_slip_costs_one_exercise(tmp_path):
-    """All these in one file, and nothing but bad_backup is right: it gets its point, whatever
-    reaches for the run. As a command: where there is a GPU no fork of this may differentiate."""
+    """All these in one file, and only bad_backup is right: it gets its point.
+
+    Whatever reaches for the run. As a command: where there is a GPU no fork may differentiate.
+    """
     folder = tmp_path / "a [b]"
     folder.mkdir()
     for name in ("poad.py", "envs.py", "test_poad.py"):
