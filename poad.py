@@ -554,7 +554,8 @@ def take_step(optimizer, loss, config):
     loss.backward()
     [group] = optimizer.param_groups
     norm = nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)
-    require(norm.isfinite(), f"the loss is {loss.item()}, the norm of its gradient {norm}: "
+    require(loss.isfinite() and norm.isfinite(),
+            f"the loss is {loss.item()}, the norm of its gradient {norm}: "
             "see step sizes and the LM's precision")
     optimizer.step()
 
