@@ -532,20 +532,19 @@ def ppo_update(agent, optimizer, actions, config, generator):
                     "sample: is the LM read with TF32 or bfloat16?")
             seen.append(info)
             if info["kl"] > config.kl_stop:
-                return diagnostics(seen, stopped=True)
+                return diagnostics(seen) | {"stopped": True}
             take_step(optimizer, loss, config)
-    return diagnostics(seen, stopped=False)
+    return diagnostics(seen) | {"stopped": False}
 
 
-def diagnostics(seen, stopped):
-    """Means over the minibatches seen, of "kl" the last; 0 where none had a choice."""
-    kl, clip_fraction, entropy = 0.0, 0.0, 0.0
+def diagnostics(seen):
+    """Means over an update's minibatches, of "kl" the last; and their number."""
+    means = {"kl": 0.0, "clip_fraction": 0.0, "entropy": 0.0}      # where all was forced
     if seen:
-        kl = seen[-1]["kl"]
-        clip_fraction = mean(info["clip_fraction"] for info in seen)
-        entropy = mean(info["entropy"] for info in seen)
-    return {"kl": kl, "clip_fraction": clip_fraction, "entropy": entropy,
-            "minibatches": len(seen), "stopped": stopped}
+        for name in means:
+            means[name] = mean(info[name] for info in seen)
+        means["kl"] = seen[-1]["kl"]
+    return means | {"minibatches": len(seen)}
 
 
 def take_step(optimizer, loss, config):
