@@ -2,24 +2,23 @@
 
 Paper: "Reinforcing Language Agents via Policy Optimization with Action Decomposition",
 arXiv 2405.15821, NeurIPS 2024; "Eq. n" is its equation n unless another source is named.
-At step t an agent sees o_t and writes an action a_t = (w¹ … wⁿ) token by token; the
-environment answers with a reward r_t and o_{t+1}. BAD, the Bellman backup with Action
-Decomposition, discounts *between* actions (γ) and never *inside* one (γ_w = 1). POAD is PPO
-with BAD: its critic, its advantages and its clipped ratio are per token.
+At step t an agent sees o_t and writes an action a_t = (w¹ … wⁿ) token by token; it gets a
+reward r_t and sees o_{t+1}. BAD, the Bellman backup with Action Decomposition, discounts
+*between* actions (γ), never *inside* one (γ_w = 1). POAD is PPO with BAD: its critic, its
+advantages and its clipped ratio are per token.
 
     symbol     name                 meaning                                    shape
     γ, γ_w     gamma, gamma_token   discount between actions, inside one       scalars
-    λ, λ_w     lam, lam_token       share of later surprises that GAE passes
-                                    back, between actions, inside one          scalars
+    λ, λ_w     lam, lam_token       share of later surprises that GAE hands on scalars
     G          returns              what an action brought, as far as known    (B, N)
     Q(o,w<,w)  q                    value of writing w after the prefix w<     (S, N, V)
     v(o,w<)    values               value of an observation and a prefix       (B, N)
     π(w|o,w<)  policy, logp         (log-)probability, (S, N, V) and, written, (B, N)
     Â          advantages           credit of a token                          (B, N)
 
-Capitals in shapes are sizes: B rows (environments, or written actions), N token slots of a
-row (in tables: prefixes), T steps, L tokens of an action, S states, A actions (of a menu),
-V vocabulary, H features. Where a whole action gets one credit, it is one slot.
+Sizes: B rows (environments, or written actions), N token slots of a row (in tables:
+prefixes), T steps, L tokens of an action, S states, A actions (of a menu), V vocabulary,
+H features. Where a whole action gets one credit, it is one slot.
 """
 import argparse
 import copy
@@ -29,7 +28,6 @@ import re
 import shlex
 import sys
 import time
-from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -44,7 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
-from envs import ENVS, joined, make, make_players, require, seeded, tiny_lm
+from envs import joined, make, make_players, require, seeded, tiny_lm
 
 
 def same_shape(**tensors):
@@ -63,14 +61,13 @@ def check_table(table, mdp):
 # TokenMDP numbers all beginnings of its actions, ∅ is prefix 0. child[n, w] is the prefix
 # that word w leads to from prefix n, leaf[n, w] the action that it completes, −1 if none.
 
-
 def state_values(q, policy=None, temperature=0.0):
     """Value of a choice: its best option, the policy's mean, or the soft maximum.
 
     v = max_w Q(w)   or   Σ_w π(w) Q(w)   or   τ log Σ_w exp(Q(w) / τ)   (soft: App. B.3)
 
-    q, policy: float tensors (..., V) → (...), in q's dtype. −inf marks an invalid token; probability 0
-    adds 0. ValueError where shapes differ, or for both a policy and a temperature.
+    q, policy: floats (..., V) → (...), in q's dtype; −inf marks an invalid token, and
+    0 · (−inf) = 0. ValueError where shapes differ, or for both a policy and a temperature.
     >>> q = torch.tensor([1.0, 3.0, -torch.inf])
     >>> state_values(q).item(), state_values(q, policy=torch.tensor([0.5, 0.5, 0.0])).item()
     (3.0, 2.0)
@@ -89,8 +86,7 @@ def action_backup(q, mdp, gamma, policy=None, temperature=0.0):
 
     Q(s, a) ← R(s, a) + γ Σ_s' P(s'|s, a) v(s')
 
-    q, policy: (S, A), else ValueError; mdp: a TokenMDP, `reward` (S, A), `transition`
-    (S, A, S). → (S, A), float64
+    q, policy: (S, A), else ValueError; mdp: a TokenMDP. → (S, A), float64
     For R = 1, γ = ½, P = (½, ½) and v = (4, 12): 1 + ½ · 8 = 5.
     """
     same_shape(reward=mdp.reward, q=q)
@@ -106,8 +102,7 @@ def token_backup(q, mdp, gamma, gamma_token, policy=None, temperature=0.0):
 
     γ_w = γ treats every token as a step (naive token level, NTPO), γ_w = 1 is BAD. Three
     tokens of one action with reward 1: ¼, ½, 1 at γ_w = ½, and 1, 1, 1 under BAD.
-    q, policy: (S, N, V), else ValueError, ∅ is prefix 0; mdp: a TokenMDP with `child`,
-    `leaf` (N, V), both −1 where a token is invalid: q may hold anything there.
+    q, policy: (S, N, V), else ValueError; at invalid tokens q may hold anything.
     → (S, N, V), float64, −inf at invalid tokens
     """
     check_table(q, mdp)
@@ -129,11 +124,9 @@ def bad_backup(q, mdp, gamma, policy=None, temperature=0.0):
 
 
 def solve(backup, q0, tol=1e-12, max_iters=100_000):
-    """The fixed point of a backup, found by repeating it from q0 until nothing moves.
+    """The fixed point of a backup, repeated from q0 until no entry moves by more than tol.
 
-    Stops when no entry moves by more than tol; entries that became −inf (invalid tokens)
-    do not count, +inf and NaN do.
-    RuntimeError after max_iters backups, also for tables that grow without end.
+    Entries that became −inf (invalid tokens) do not count. RuntimeError after max_iters.
     """
     q = torch.as_tensor(q0, dtype=torch.float64)
     residual = torch.inf
@@ -151,7 +144,7 @@ def action_policy(token_policy, mdp):
 
     π(a|s) = Π_j π(wʲ|s, w<ʲ)                    two tokens of ½ and ¼: ⅛
 
-    In the policy's dtype; another shape than (S, N, V) is a ValueError.
+    In the policy's dtype; ValueError for another shape.
     """
     check_table(token_policy, mdp)
     columns = []
@@ -166,15 +159,13 @@ def action_policy(token_policy, mdp):
 
 # ------------------------------------------------- credit over a stream of tokens
 
-
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     """The discount on what follows each token: where BAD and naive differ.
 
     γ_n = γ_w inside an action,  γ after its last token,  0 after a finished episode's last
 
     BAD is γ_w = 1; naive is γ_w = γ; at action level every slot is an action's end.
-    action_end, done: masks of one shape, else ValueError; `done` counts only at action
-    ends. → floats, same shape
+    action_end, done (read at action ends): masks of one shape, else ValueError. → floats
     >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
     tensor([[1.0000, 0.5000, 1.0000, 0.0000]])
     """
@@ -194,8 +185,8 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
     v_{n+1} is the value of the next *written* token: a masked slot passes on what follows
     it, and may hold anything.
     rewards, values, discounts, mask: (B, N); lambdas: a scalar or (B, N); last_values (B,):
-    what follows a row's last written token. Other shapes: ValueError. → advantages, returns
-    (B, N), 0 where masked, in the dtype of `values` and without gradient.
+    what follows each row. Other shapes: ValueError. → advantages, returns (B, N), 0 where
+    masked, in the dtype of `values`, without gradient
     >>> one = torch.ones(1, 3)          # an action of three tokens, reward 1 at its end
     >>> reward = torch.tensor([[0.0, 0.0, 1.0]])
     >>> gae(reward, one / 2, torch.tensor([[1, 1, 0]]), 1.0, one, torch.zeros(1))[0]
@@ -222,7 +213,6 @@ def gae(rewards, values, discounts, lambdas, mask, last_values):
 
 # ------------------------------------------------- PPO losses
 
-
 def selected(mask, **tensors):
     """The entries of each tensor that the mask selects: the others may hold anything."""
     same_shape(mask=mask, **tensors)
@@ -233,7 +223,7 @@ def selected(mask, **tensors):
 def masked_mean(x, mask):
     """Mean of x over the entries that the mask selects, Σ m x / Σ m. → scalar
 
-    x: floats; mask: bool or 0/1, of any dtype and x's shape. ValueError if not, or if all is masked.
+    x: floats; mask: bool or 0/1, in x's shape. ValueError if not, or if all is masked.
     >>> masked_mean(torch.tensor([1.0, 3.0, torch.nan]), torch.tensor([1, 1, 0])).item()
     2.0
     """
@@ -246,8 +236,7 @@ def normalize(x, mask):
 
     (x − μ) / (σ + 1e-8)                        a true zero is an entry like any other
 
-    x, mask: as in `masked_mean`. Entries that are all alike become 0 exactly, although
-    their mean is rounded.
+    x, mask: as in `masked_mean`.
     >>> normalize(torch.tensor([1.0, 3.0, 9.0]), torch.tensor([1, 1, 0]))
     tensor([-1.,  1.,  0.])
     """
@@ -263,11 +252,10 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
 
     ratio = exp(logp − old_logp)   loss = −mean min( ratio · Â, clamp(ratio, 1−ε, 1+ε) · Â )
 
-    logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions; clip: ε, often .1-.3.
-    → loss, and a dict of scalar tensors without gradient: "kl", the mean of ratio − 1 −
-    log ratio (an estimate of KL(π_old, π)), and "clip_fraction", the share of
-    |ratio − 1| > ε. A log ratio above 20 counts as 20, lest exp overflows. ValueError where
-    shapes differ, or all is masked.
+    logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions, else ValueError, also
+    if all is masked; clip: ε, often .1-.3. → loss, and scalars without gradient: "kl", the
+    mean of ratio − 1 − log ratio (an estimate of KL(π_old, π)), and "clip_fraction", the
+    share of |ratio − 1| > ε. A log ratio above 20 counts as 20, lest exp overflows.
     >>> new = torch.tensor([[1.5, 0.5]]).log()
     >>> one = torch.ones(1, 2)
     >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)   # −(1.2 + .5) / 2
@@ -301,21 +289,21 @@ def value_loss(values, returns, mask):
 
 # ------------------------------------------------- the methods and their update
 
-
 @dataclass
 class Action:
     """One written action, in slots: its tokens, or (all policies but "token") the whole.
 
-    The `Menu`, the sentences allowed here, is "eat it", "eat pizza"; written is "eat it":
-    three tokens, of which only the second could have been another.
+    The menu is "eat it", "eat pizza"; written is "eat it": three tokens, of which only the
+    second could have been another.
 
         policy     ids              choice                   logp
         "token"    (eat, it, eos)   (False, True, False)     (0, log ½, 0)
         "action"   (eat, it, eos)   (True,)                  (log ½,)
 
-    With log-probabilities of the whole vocabulary in their place, the ratio of PPO would
-    not be that of the distribution that sampled, and forced tokens would be pushed, too.
+    With log p over the whole vocabulary instead, PPO's ratio would not be that of the
+    distribution that sampled, and forced tokens would be pushed, too.
     """
+
     prompt: str                     # what was read, as text
     context: tuple                  # and as token ids
     menu: object                    # the `Menu` it was chosen from; None: free text
@@ -336,7 +324,7 @@ class Action:
 
     @property
     def before(self):
-        """The tokens read before its last slot: those of the prompt, those of the action."""
+        """What is read before its last slot: tokens of the prompt, and of the action."""
         return self.context, self.ids[:len(self.choice) - 1]
 
 
@@ -348,27 +336,22 @@ def column(actions, name):
 # Who samples; Adam's step size for the LM; a colour. "token" gets a credit for each token,
 # with γ_w and λ_w inside an action (`Config.inside`), the others one for the whole action.
 METHODS = {
-    # the softmax over a menu of Σ log p (GLAM, arXiv 2302.02662), or of that divided by the
-    # number of words (TWOSOME, arXiv 2401.14151)
+    # softmax over a menu of Σ log p (arXiv 2302.02662), or of Σ log p / number of words
+    # (arXiv 2401.14151); the control: POAD's policy, one credit; naive token level, every
+    # token a step (Eq. 9-10): γ_w = γ, λ_w = λ; BAD (Eq. 13-14): γ_w = 1, λ_w = 1
     "glam": dict(policy="glam", lr=1e-4, color="tab:purple"),
     "twosome": dict(policy="twosome", lr=1e-3, color="tab:green"),
-    # the control: POAD's policy, one credit
     "action": dict(policy="action", lr=1e-3, color="tab:orange"),
-    # naive token level, every token a step (Eq. 9-10): γ_w = γ, λ_w = λ
     "ntpo": dict(policy="token", lr=1e-3, color="tab:red"),
-    # BAD (Eq. 13-14): γ_w = 1, λ_w = 1
     "poad": dict(policy="token", lr=1e-3, color="tab:blue")}
-
-
 LEAST = dict(n_envs=1, n_steps=1, epochs=1, minibatches=1, max_grad_norm=1e-9)  # others: 0
-MOST = dict(gamma=1, lam=1, gamma_token=1, lam_token=1)
 
 
 @dataclass(frozen=True)
 class Config:
     """Every knob of a run.
 
-    method: a row of METHODS
+    method: a row of METHODS; on the command line several, with commas
     updates: rollouts, each followed by one update; 0: only the exam
     seed: of the tiny LM, environments, sampling and minibatches
     n_envs: B, environments side by side
@@ -387,6 +370,7 @@ class Config:
     kl_stop: KL of an action (nats) that ends an update; inf: never
     max_grad_norm: gradient clipping, LM and critic each for itself
     """
+
     method: str = "poad"
     updates: int = 16
     seed: int = 0
@@ -408,11 +392,12 @@ class Config:
 
     def __post_init__(self):
         require(self.method in METHODS, f"{self.method!r} is no method of {list(METHODS)}")
-        for knob in fields(self)[1:]:
+        for knob in fields(Config)[1:]:
             value = getattr(self, knob.name)
             low = LEAST.get(knob.name, 0)
-            high = MOST.get(knob.name, math.inf)
-            require(value is None or isinstance(value, (int, knob.type)) and low <= value <= high,
+            high = 1 if knob.name.startswith(("gamma", "lam")) else math.inf
+            fits = isinstance(value, (int, knob.type)) and low <= value <= high
+            require(fits or value is knob.default,
                     f"{knob.name} is {value!r}, not {knob.type.__name__} in {low} … {high}")
         require(self.minibatches <= self.n_envs * self.n_steps,
                 "there are more minibatches than actions, n_envs × n_steps")
@@ -429,7 +414,7 @@ class Config:
     def inside(self):
         """γ_w and λ_w: what was given, else the method's."""
         gamma_token, lam_token = 1.0, 1.0
-        if self.method == "ntpo":                           # this turns POAD into naive
+        if self.method == "ntpo":                           # turns POAD into naive
             gamma_token, lam_token = self.gamma, self.lam
         if self.gamma_token is not None:
             gamma_token = self.gamma_token
@@ -444,10 +429,9 @@ def assign(config, mask, values, rewards, done):
     at the last written slot of action t:   r_n = r_t,  γ_n = γ (0 if done),  λ_n = λ
     at its other slots:                     r_n = 0,    γ_n = γ_w,            λ_n = λ_w
 
-    Then the T actions of an environment, one after the other, are one row (T·L slots) for
-    `gae`, and nothing follows it. At γ_w = λ_w = 1 an action's first token gets
-    action-level GAE(λ); with λ = .95 at every token (the paper's code) only .95⁴ = .81 of
-    the δ at the end of five tokens reaches the first.
+    The T actions of an environment are one row (T·L slots) for `gae`; nothing follows it.
+    At γ_w = λ_w = 1 an action's first token gets action-level GAE(λ); with λ = .95 at every
+    token (the paper's code) only .95⁴ = .81 of the δ at the end of five tokens reaches it.
     mask, values: (B·T, L), environment b's action t in row b·T + t; rewards, done: (B, T).
     """
     gamma_token, lam_token = config.inside
@@ -466,10 +450,9 @@ def assign(config, mask, values, rewards, done):
 def credit(agent, actions, config):
     """Judge a rollout, and write advantages and returns into its B·T actions.
 
-    An episode that was cut was not over: γ v(o_next) joins its last reward, and the
-    discount on what follows is 0. Advantages are normalised over choices: a forced token,
-    such as the last word of most menu entries, has a value and takes part in GAE, but
-    log π = 0 whatever the weights, and its advantage moves nothing.
+    An episode that was cut was not over: γ v(o_next) joins its last reward, and nothing
+    follows. Advantages are normalised over choices: a forced token has a value and takes
+    part in GAE, but log π = 0 whatever the weights, and its advantage moves nothing.
     γ = λ = ½, v = 1 before all slots; one player says "eat it" (two slots), which pays 0,
     then "wait" (one slot), which pays 4 and is cut where v(o_next) = 6. Returns: 4 + ½ · 6
     = 7 and ½ (½ · 1 + ½ · 7) = 2. Advantages before they are normalised: (1, 1) and (6).
@@ -497,17 +480,15 @@ def fit_critic(agent, optimizer, actions, config, generator):
 
     mean ½ (v(o, w<ʲ) − γ_w^(n−j) G)²       over the slots j of actions of n slots
 
-    G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1) is the λ-return between actions. Each of
-    critic_steps steps reads 64 actions, drawn at random.
+    G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1), the λ-return between actions. A step reads
+    64 actions, drawn at random.
     """
-    targets = column(actions, "returns")
-    mask = column(actions, "mask")
     loss = torch.zeros(())
     for _ in range(config.critic_steps):
         picks = torch.randint(len(actions), (64,), generator=generator)
-        values = agent.judge([actions[i].before for i in picks])            # (64, L)
-        width = values.shape[1]
-        loss = value_loss(values, targets[picks, :width], mask[picks, :width])
+        batch = [actions[i] for i in picks]
+        values = agent.judge([action.before for action in batch])           # (64, L)
+        loss = value_loss(values, column(batch, "returns"), column(batch, "mask"))
         take_step(optimizer, loss, config)
     return loss.item()
 
@@ -517,18 +498,17 @@ def minibatch_loss(agent, batch, config):
 
     loss = Σ_choices PPO loss − entropy_coef · Σ_choices entropy     (averaged over actions)
 
-    The unit of loss, entropy and KL is the action, whatever its length: a mean over choices
-    times the choices per action is a sum over an action's choices. The entropy is that of
-    the beginnings that were written: how an early token changes later entropies is ignored.
+    The unit of loss, entropy and KL is the action, whatever its length. Entropy is that of
+    the beginnings that were written: how a token changes later entropies is ignored.
     """
     logp, entropy = agent.evaluate(batch, config.policy)                    # (B, L)
     choice = column(batch, "choice")
     policy_loss, info = ppo_policy_loss(
         logp, column(batch, "logp"), column(batch, "advantages"), choice, config.clip)
-    per_action = choice.sum() / len(batch)
+    per_action = choice.sum() / len(batch)                  # turns means into sums
     entropy = entropy.sum(1).mean()
     loss = per_action * policy_loss - config.entropy_coef * entropy
-    info["kl"] = per_action * info["kl"]
+    info["kl"] *= per_action
     info["entropy"] = entropy
     return loss, {name: x.item() for name, x in info.items()}
 
@@ -537,9 +517,8 @@ def ppo_update(agent, optimizer, actions, config, generator):
     """One PPO update of the policy on credited actions. → diagnostics
 
     Each epoch shuffles the actions and cuts them into minibatches of equal size, give or
-    take one; a minibatch without any choice is skipped. One whose KL is above `kl_stop` is
-    reported and ends the update. The first must find the policy that sampled, with a ratio
-    of 1: ValueError if not. Reported are means over minibatches, of "kl" the last.
+    take one; one without any choice is skipped, one whose KL is above `kl_stop` ends the
+    update. The first must find the policy that sampled, with a ratio of 1, else ValueError.
     """
     seen = []
     for _ in range(config.epochs):
@@ -1005,7 +984,6 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0, load=load_lm
 
 # ------------------------------------------------- playing and training
 
-
 def step_all(agent, players, policy, generator):
     """Every player takes one action: B records (`Action`), reward and done included."""
     prompts = [player.obs for player in players]
@@ -1021,7 +999,7 @@ def collect(agent, players, config, generator, episodes):
     """A rollout: T actions of each of B players; `episodes` takes the finished ones.
 
     Where a time limit, or the rollout's end, cuts an episode, the record is `done` and says
-    what would have been read `after`. → B·T records, player b's action t in place b·T + t.
+    what would be read `after`. → B·T records, player b's action t in place b·T + t
     """
     steps = []
     with agent.standing_still():
@@ -1039,12 +1017,10 @@ def collect(agent, players, config, generator, episodes):
 
 
 def train(agent, env_fn, config):
-    """Train the agent in place, on environments that env_fn() makes. One seed, one run (on
-    a CPU; a GPU adds up in no fixed order).
+    """Train the agent in place, on environments that env_fn() makes: one dict per update.
 
-    Yields one dict per update: update, env_steps, episodes; return_mean (undiscounted) and
-    success_rate of the last 100 episodes (None before one has ended); seconds, value_loss;
-    and what `ppo_update` returns.
+    Its keys: see the last lines, `summary` (of the last 100 episodes) and `diagnostics`. On
+    a CPU, one seed is one run.
     """
     begin = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
@@ -1053,13 +1029,12 @@ def train(agent, env_fn, config):
     critic_optimizer = torch.optim.Adam(agent.critic.parameters(), config.critic_lr)
     between = replace(config, lam_token=1.0)                # for the critic's targets
     episodes = []
-    recent = deque(maxlen=4)                                # rollouts, for the critic
+    recent = []                                             # actions of four rollouts
     for update in range(1, config.updates + 1):
         rollout = collect(agent, players, config, generator, episodes)
-        recent.append(rollout)
+        recent = (recent + rollout)[-4 * len(rollout):]
         credit(agent, rollout, between)
-        critic_loss = fit_critic(
-            agent, critic_optimizer, list(chain(*recent)), config, generator)
+        critic_loss = fit_critic(agent, critic_optimizer, recent, config, generator)
         credit(agent, rollout, config)
         info = ppo_update(agent, optimizer, rollout, config, generator)
         yield {"update": update, "env_steps": update * len(rollout),
@@ -1068,7 +1043,7 @@ def train(agent, env_fn, config):
 
 
 def summary(outcomes):
-    """Means of (return, success) over episodes; None without any."""
+    """Means of (return, undiscounted, and success) over episodes; None without any."""
     if not outcomes:
         return {"return_mean": None, "success_rate": None}
     returns, successes = zip(*outcomes)
@@ -1084,8 +1059,7 @@ def seed_of(seed, b, exam=0):
 def play(agent, env_fn, episodes, policy="token", seed=0, max_steps=1000):
     """Play whole episodes, on seeds that training never uses.
 
-    → (return, success) of each, and the first one as text, two lines an action. ValueError
-    if one has not ended after max_steps actions.
+    → (return, success) of each, and the first as text. ValueError if one has no end.
     """
     players = make_players(env_fn, [seed_of(seed, b, exam=1) for b in range(episodes)])
     generator = torch.Generator().manual_seed(seed)
@@ -1109,37 +1083,50 @@ PRESETS = {  # where an environment, or a real model, needs other settings than 
     "lunch": dict(updates=10, n_steps=16),
     "orders": dict(method="action,ntpo,poad", env_options="guests=1", updates=20,
                    n_envs=128, n_steps=1, minibatches=2, lr=2e-3, kl_stop=0.3),
-    "scikit": dict(env_options="dataset=iris", updates=12, n_envs=32, n_steps=8,
-                   entropy_coef=0.001, kl_stop=0.3),
+    "scikit": dict(method="action,ntpo,poad", env_options="dataset=iris", updates=12,
+                   n_envs=32, n_steps=8, entropy_coef=0.001, kl_stop=0.3),
     "real": dict(
         updates=10, lr=5e-5, critic_lr=1e-4, critic_steps=10, epochs=4, minibatches=1)}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)   # Student's t, 2 to 10 seeds
-OPTIONS = {  # what else can be asked for: default, meaning
-    "env": ("food", "one of " + ", ".join(ENVS) + "; it may change other defaults"),
-    "env_options": ("", "of the environment, such as guests=1,slots=2"),
-    "model": ("tiny", "or a hub id, a folder, a .gguf file, which change other defaults"),
-    "train_layers": (0, "how many of its last layers learn; 0: all"),
-    "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:1"),
-    "seeds": (1, "how many runs of each method, from --seed on"),
-    "out": ("", "JSON file for the numbers; if not given runs/ENV.json"),
-    "save": ("", "folder for the trained models and their critics")}
+
+
+@dataclass(frozen=True)
+class Options(Config):
+    """What the command line asks for, beside the knobs of `Config`.
+
+    env: pancake, lunch, food, entertainment, orders, salad, salad2 or scikit
+    env_options: of the environment, such as guests=1,slots=2
+    model: tiny, a hub id, a folder or a .gguf file
+    train_layers: how many of the model's last layers learn; 0: all
+    device: cpu, cuda or cuda:1
+    seeds: how many runs of each method, from --seed on
+    out: JSON file for the numbers
+    save: folder for the trained models and their critics
+    """
+
+    method: str = ",".join(METHODS)
+    env: str = "food"
+    env_options: str = ""
+    model: str = "tiny"
+    train_layers: int = 0
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    seeds: int = 1
+    out: str = ""
+    save: str = ""
 
 
 def parse(argv):
     """What was typed, else PRESETS, else the defaults: a Namespace."""
     parser = argparse.ArgumentParser(
-        "poad.py", add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"poad.py: {message}\n")
-    meaning = dict(re.findall(r"(\w+): (.+)", Config.__doc__))
-    for knob in fields(Config):
-        parser.add_argument(
-            f"--{knob.name}", type=knob.type, default=knob.default, help=meaning[knob.name])
-    for name, (default, help) in OPTIONS.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=help)
-    parser.set_defaults(method="")                          # all that can run
+        "poad.py", add_help=False, usage=argparse.SUPPRESS,     # an error is one line
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    meaning = dict(re.findall(r"(\w+): (.+)", Config.__doc__ + Options.__doc__))
+    for option in fields(Options):
+        parser.add_argument(f"--{option.name}", type=option.type, default=option.default,
+                            help=meaning[option.name])
     typed, _ = parser.parse_known_args(argv)
     preset = PRESETS.get(typed.env, {})
-    parser.set_defaults(**preset)
+    parser.set_defaults(out=f"runs/{typed.env}.json", **preset)
     if typed.model != "tiny":
         parser.set_defaults(**PRESETS["real"])
     parser.add_argument("-h", "--help", action="help")
@@ -1150,28 +1137,27 @@ def parse(argv):
 
 
 def prepare(given):
-    """What can be known to fail fails here, before any training. → env_fn, Configs"""
+    """What can be known to fail fails here, before any training. → env_fn, configs"""
     settings = {}
     for pair in filter(None, given.env_options.split(",")):
         name, _, value = pair.partition("=")
         settings[name] = int(value) if value.isdecimal() else value
     env_fn = partial(make, given.env, **settings)
     _, info = env_fn().reset(seed=0)
-    able = [name for name in METHODS if "menu" in info or name not in RESTRICTED]
-    methods = given.method.split(",") if given.method else able
-    require(set(methods) <= set(able) and len(set(methods)) == len(methods),
-            f"--method {given.method}: {given.env} can be learnt by {', '.join(able)}, "
-            "each named once (glam and twosome need a menu)")
-    require(given.seeds >= 1, "--seeds is at least 1")
+    methods = given.method.split(",")
+    require("menu" in info or not set(methods) & set(RESTRICTED),
+            f"--method {given.method}: without a menu neither glam nor twosome can learn")
+    require(len(set(methods)) == len(methods), f"--method {given.method}: name each once")
     try:
         torch.zeros(1, device=given.device)
-    except (RuntimeError, AssertionError) as error:         # CUDA's have many lines
+    except Exception as error:                              # CUDA's have many lines
         raise ValueError(f"--device {given.device}: {error}".split("\n")[0]) from error
     configs = []
     for seed in range(given.seed, given.seed + given.seeds):
-        for name in methods:
-            knobs = vars(given) | {"method": name, "seed": seed}
-            configs.append(Config(**{knob.name: knobs[knob.name] for knob in fields(Config)}))
+        for method in methods:
+            own = vars(given) | {"method": method, "seed": seed}
+            configs.append(Options(**own))
+    require(configs, "--seeds is at least 1")
     return env_fn, configs
 
 
@@ -1180,8 +1166,7 @@ def run(agent, env_fn, config, record):
     bar = tqdm(train(agent, env_fn, config), config.method, config.updates)
     for metrics in bar:
         record["metrics"].append(metrics)
-        if metrics["episodes"] >= 16:               # the first to end are the short ones
-            bar.set_postfix(success=metrics["success_rate"])
+        bar.set_postfix(success=metrics["success_rate"])
     outcomes, story = play(agent, env_fn, 100, config.policy, config.seed)
     record["exam"] = summary(outcomes) | {"episodes": 100}
     return story
@@ -1196,7 +1181,7 @@ def interval(xs):
 
 
 def success(rates):
-    """`interval`, and behind it how many seeds fail (a rate below ½), if any."""
+    """`interval`, and how many seeds fail (a rate below ½), if any."""
     fails = sum(rate < 0.5 for rate in rates)
     return interval(rates) + f" ({fails} fail)" * (fails > 0)
 
@@ -1213,12 +1198,12 @@ def report(runs, path):
             returns, rates, _ = zip(*exams)
             print(f"{method:8}{success(rates):>24}{interval(returns):>16}")
         for i, x in enumerate(mine):
-            curve = [(m["env_steps"], m["success_rate"]) for m in x["metrics"]
-                     if m["episodes"] >= 16]
-            axes.plot(*zip(*curve), color=METHODS[method]["color"], label="_" * i + method)
-    figure.legend(loc="outside right upper")
+            late = [m for m in x["metrics"] if m["episodes"] >= 16]
+            axes.plot([m["env_steps"] for m in late], [m["success_rate"] for m in late],
+                      color=METHODS[method]["color"], label="_" * i + method)
     axes.set(title=f"Who learns {runs[0]['config']['env']}?", xlabel="environment steps",
              ylabel="success, last 100 episodes (from the 16th on)")
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=130)
     print(f"curves: {path}")
 
@@ -1230,7 +1215,7 @@ def main(argv):
     try:
         given = parse(argv)
         env_fn, configs = prepare(given)
-        out = Path(given.out or f"runs/{given.env}.json")
+        out = Path(given.out)
         for folder in (out.parent, Path(given.save)):       # Path("") is here
             folder.mkdir(parents=True, exist_ok=True)
         out.open("a").close()                               # if it can fail, it fails now
@@ -1239,9 +1224,9 @@ def main(argv):
         for config in configs:
             agent = load_agent(
                 given.model, env_fn, config.seed, given.device, given.train_layers, load)
-            used = vars(given) | asdict(config) | {"lr": config.step_size}
-            print(f"{config.method}, seed {config.seed}: {given.model} on {given.device}, step "
-                  f"sizes {config.step_size:g} (LM), {config.critic_lr:g} (critic)")
+            print(f"{config.method}, seed {config.seed}: {given.model} on {given.device}, "
+                  f"step sizes {config.step_size:g} (LM), {config.critic_lr:g} (critic)")
+            used = asdict(config) | {"lr": config.step_size}
             runs.append({"config": used, "exam": None, "metrics": []})
             story = run(agent, env_fn, config, runs[-1])
             if given.save:
@@ -1255,14 +1240,13 @@ def main(argv):
     finally:
         if runs:
             runs = json.loads(json.dumps(runs), parse_constant=lambda infinity: None)
-            record = {"command": shlex.join(["python", "poad.py", *argv]), "runs": runs}
-            out.write_text(json.dumps(record, indent=1))
+            command = "python poad.py " + shlex.join(argv)
+            out.write_text(json.dumps({"command": command, "runs": runs}, indent=1))
             print(f"numbers: {out}")
-    if runs:
-        report(runs, f"{out}.png")
+            report(runs, f"{out}.png")
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):                  # not in notebooks and IDLE
+    with suppress(AttributeError):                          # notebooks and IDLE
         sys.stdout.reconfigure(errors="replace")            # consoles without Greek
     main(sys.argv[1:])
