@@ -254,8 +254,9 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
 
     logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions, else ValueError, also
     if all is masked; clip: ε, often .1-.3. → loss, and scalars without gradient: "kl", the
-    mean of ratio − 1 − log ratio (an estimate of KL(π_old, π)), and "clip_fraction", the
-    share of |ratio − 1| > ε. A log ratio above 20 counts as 20, lest exp overflows.
+    mean of ratio − 1 − log ratio (never below 0; it estimates KL(π_old, π)), and
+    "clip_fraction", the share of |ratio − 1| > ε. A log ratio above 20 counts as 20, lest
+    exp overflows.
     >>> new = torch.tensor([[1.5, 0.5]]).log()
     >>> one = torch.ones(1, 2)
     >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)   # −(1.2 + .5) / 2
@@ -336,13 +337,15 @@ def column(actions, name):
 # Who samples; Adam's step size for the LM; a colour. "token" gets a credit for each token,
 # with γ_w and λ_w inside an action (`Config.inside`), the others one for the whole action.
 METHODS = {
-    # softmax over a menu of Σ log p (arXiv 2302.02662), or of Σ log p / number of words
-    # (arXiv 2401.14151); the control: POAD's policy, one credit; naive token level, every
-    # token a step (Eq. 9-10): γ_w = γ, λ_w = λ; BAD (Eq. 13-14): γ_w = 1, λ_w = 1
+    # the softmax over a menu of Σ log p (GLAM, arXiv 2302.02662), or of that divided by the
+    # number of words (TWOSOME, arXiv 2401.14151)
     "glam": dict(policy="glam", lr=1e-4, color="tab:purple"),
     "twosome": dict(policy="twosome", lr=1e-3, color="tab:green"),
+    # the control: POAD's policy, one credit
     "action": dict(policy="action", lr=1e-3, color="tab:orange"),
+    # naive token level, every token a step (Eq. 9-10): γ_w = γ, λ_w = λ
     "ntpo": dict(policy="token", lr=1e-3, color="tab:red"),
+    # BAD (Eq. 13-14): γ_w = 1, λ_w = 1
     "poad": dict(policy="token", lr=1e-3, color="tab:blue")}
 LEAST = dict(n_envs=1, n_steps=1, epochs=1, minibatches=1, max_grad_norm=1e-9)  # others: 0
 
@@ -435,6 +438,7 @@ def assign(config, mask, values, rewards, done):
     mask, values: (B·T, L), environment b's action t in row b·T + t; rewards, done: (B, T).
     """
     gamma_token, lam_token = config.inside
+    require(rewards.shape == done.shape and rewards.dim() == 2, "rewards, done: (B, T)")
     mask = mask.bool()
     end = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))              # (B·T, L)
     over = end & done.reshape(-1, 1).bool()
@@ -483,12 +487,14 @@ def fit_critic(agent, optimizer, actions, config, generator):
     G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1), the λ-return between actions. A step reads
     64 actions, drawn at random.
     """
+    targets = column(actions, "returns")
+    mask = column(actions, "mask")
     loss = torch.zeros(())
     for _ in range(config.critic_steps):
         picks = torch.randint(len(actions), (64,), generator=generator)
-        batch = [actions[i] for i in picks]
-        values = agent.judge([action.before for action in batch])           # (64, L)
-        loss = value_loss(values, column(batch, "returns"), column(batch, "mask"))
+        values = agent.judge([actions[i].before for i in picks])            # (64, L)
+        width = values.shape[1]
+        loss = value_loss(values, targets[picks, :width], mask[picks, :width])
         take_step(optimizer, loss, config)
     return loss.item()
 
@@ -581,6 +587,7 @@ def encode(tokenizer, text):
 @dataclass(frozen=True, eq=False)               # hashed by identity
 class Menu:
     """What may be said after a prompt, and its trie."""
+
     context: tuple              # the prompt's token ids
     texts: tuple                # A strings
     entries: list               # A tuples of token ids, eos included
@@ -900,7 +907,7 @@ class LanguageAgent(nn.Module):
     def evaluate(self, actions, policy="token"):
         """log π and entropy of B records of `act` under the present weights, with gradient.
 
-        (B, L) each, zero where padded; (B, 1) unless "token". Free text: over the vocabulary.
+        (B, L) each, zero where padded; (B, 1) unless "token". Free text has all tokens.
         """
         return self._slots_of(actions, policy).unbind(2)[:2]
 

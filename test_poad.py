@@ -1500,23 +1500,25 @@ def test_train_layers_are_the_language_models():
         assert x.requires_grad == ("language_model.layers.1." in name), name
 
 
-def readme_block(word):
-    """The README's Python block that has this word in it."""
-    text = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+def told_block(name, word):
+    """The Python block of a file's text that has this word in it."""
+    text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    if name.endswith(".ipynb"):
+        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     [block] = [block for block in blocks if word in block]
     return block
 
 
 def test_readme_environment_runs(cli, capsys):
-    exec(readme_block("class Guess"), {})
+    exec(told_block("README.md", "class Guess"), {})
     *_, last = capsys.readouterr().out.strip().splitlines()
     assert last.startswith("5 ")
 
 
 @pytest.fixture
 def verl(monkeypatch):
-    """What the README's module says; verl's `bad` is in it, and so is what verl then calls."""
+    """What llm_demo's module says; verl's `bad` is in it, and so is what verl then calls."""
     def masked_whiten(x, mask):  # verl's: the variance has N - 1
         entries = x[mask == 1]
         return (x - entries.mean()) * torch.rsqrt(entries.var() + 1e-8)
@@ -1525,13 +1527,13 @@ def verl(monkeypatch):
     monkeypatch.setitem(sys.modules, "verl.trainer.ppo", ppo)
     monkeypatch.setitem(sys.modules, "verl.utils.torch_functional", functional)
     space = {}
-    exec(readme_block("core_algos"), space)
+    exec(told_block("llm_demo.ipynb", "core_algos"), space)
     assert ppo.core_algos.compute_gae_advantage_return is space["bad"]
     return space
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
-def test_readme_has_bad_for_verl(verl, dtype):
+def test_llm_demo_has_bad_for_verl(verl, dtype):
     # the stream of test_gae_by_hand, with an observation (9) after each of its two actions
     r, v, mask = t("0 2 9 0 4 9 | 1 2 9 3 4 9 | 1 1 0 1 1 0")[:, None]
     _, returns = verl["bad"](r, v.bfloat16(), mask.to(dtype), 0.5, 0.25)
@@ -1539,7 +1541,7 @@ def test_readme_has_bad_for_verl(verl, dtype):
     assert returns.dtype == torch.float32, "half precision is too coarse for sums"
 
 
-def test_readme_has_verls_numbers(verl):
+def test_llm_demo_has_verls_numbers(verl):
     """Those of verl's own GAE if γ_w = γ and λ_w = λ."""
     # made by verl's own functions with γ = .9, λ = .8; the masked slot holds a value, too
     r, v, mask = t("""-.12 .97 -.3 -.3 .533 2.332 .682 0 -.3 -.3 |
