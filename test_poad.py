@@ -2617,7 +2617,7 @@ action_backup: + gamma * -> +
 action_backup: mdp.reward + -> 0 * mdp.reward +
 action_backup: + gamma -> + (1 - gamma)
 action_backup: policy, temperature) -> policy)
-action_backup: (q, policy, -> (q, None,
+action_backup: (q.double(), policy, -> (q.double(), None,
 action_backup: mdp.reward + gamma * mdp.transition @ v -> gamma * (mdp.reward + mdp.transition @ v)
 action_backup: same_shape(reward=mdp.reward, q=q) -> pass
 token_backup: gamma_token * v -> gamma * v
@@ -2626,19 +2626,19 @@ token_backup: @ v[:, 0] -> @ v[:, -1]
 token_backup: reward + gamma -> reward + gamma * gamma_token
 token_backup: policy, temperature) -> policy)
 token_backup: (q, policy, -> (q, None,
-token_backup: q.masked_fill(~valid, -torch.inf) -> q
+token_backup: q.double().masked_fill(~valid, -torch.inf) -> q.double()
 token_backup: torch.full_like(q, -torch.inf) -> 0 * q
-token_backup: q = q.masked_fill(~valid, -torch.inf) -> new = q.clone()
+token_backup: q = q.double().masked_fill(~valid, -torch.inf) -> new = q.double().clone()
 token_backup: check_table -> (max)
-token_backup: q = q.masked_fill(~valid -> q = q.masked_fill_(~valid
+token_backup: q = q.double().masked_fill(~valid -> q = q.masked_fill_(~valid
 bad_backup: 1.0 -> gamma
 bad_backup: policy, temperature) -> policy)
 bad_backup: 1.0, policy -> 1.0, None
 action_policy: probability * token -> token
 action_policy: enumerate(action) -> enumerate(action[:1])
-action_policy: as_tensor(token_policy) -> as_tensor(token_policy).clamp(min=1e-8)
-action_policy: as_tensor(token_policy) -> as_tensor(token_policy).float()
-action_policy: as_tensor(token_policy) -> as_tensor(token_policy).detach()
+action_policy: * token_policy[:, n, token] -> * token_policy[:, n, token].clamp(min=1e-8)
+action_policy: * token_policy[:, n, token] -> * token_policy[:, n, token].float()
+action_policy: * token_policy[:, n, token] -> * token_policy[:, n, token].detach()
 bad_discounts: + gamma_token -> + gamma
 bad_discounts: action_end.bool() & done.bool() -> done.bool()
 bad_discounts: ] = 0 -> ] = gamma
