@@ -432,10 +432,12 @@ def assign(config, mask, values, rewards, done):
     at the last written slot of action t:   r_n = r_t,  γ_n = γ (0 if done),  λ_n = λ
     at its other slots:                     r_n = 0,    γ_n = γ_w,            λ_n = λ_w
 
-    The T actions of an environment are one row (T·L slots) for `gae`; nothing follows it.
+    The T actions of an environment are one row (T·L slots) for `gae`; what follows it is
+    worth 0, so its last action is `done`, and `credit` adds γ v(o_next) to its reward.
     At γ_w = λ_w = 1 an action's first token gets action-level GAE(λ); with λ = .95 at every
     token (the paper's code) only .95⁴ = .81 of the δ at the end of five tokens reaches it.
-    mask, values: (B·T, L), environment b's action t in row b·T + t; rewards, done: (B, T).
+    mask (any slots may be masked), values: (B·T, L), environment b's action t in row
+    b·T + t; rewards, done: (B, T), else ValueError.
     """
     gamma_token, lam_token = config.inside
     require(rewards.shape == done.shape and rewards.dim() == 2, "rewards, done: (B, T)")
@@ -452,11 +454,14 @@ def assign(config, mask, values, rewards, done):
 
 @torch.no_grad()
 def credit(agent, actions, config):
-    """Judge a rollout, and write advantages and returns into its B·T actions.
+    """Judge a rollout; write advantages (at each call) and returns (at the first only).
 
-    An episode that was cut was not over: γ v(o_next) joins its last reward, and nothing
-    follows. Advantages are normalised over choices: a forced token has a value and takes
-    part in GAE, but log π = 0 whatever the weights, and its advantage moves nothing.
+    `train` calls it twice: before `fit_critic`, with λ_w = 1, for the returns, which are
+    the critic's targets; after it, with the method's λ_w, for advantages by the fitted
+    critic. An episode that was cut is `done` here, but was not over: γ v(o_next) joins its
+    last reward. Advantages are normalised over choices, if there are any: a forced token
+    has a value and takes part in GAE, but log π = 0 whatever the weights, and its advantage
+    moves nothing.
     γ = λ = ½, v = 1 before all slots; one player says "eat it" (two slots), which pays 0,
     then "wait" (one slot), which pays 4 and is cut where v(o_next) = 6. Returns: 4 + ½ · 6
     = 7 and ½ (½ · 1 + ½ · 7) = 2. Advantages before they are normalised: (1, 1) and (6).
@@ -475,7 +480,7 @@ def credit(agent, actions, config):
         advantages = normalize(advantages, choice)
     for action, advantage, target in zip(actions, advantages, returns):
         action.advantages = advantage[:len(action.choice)]
-        if action.returns is None:                          # the critic is not yet fitted
+        if action.returns is None:                          # the first call
             action.returns = target[:len(action.choice)]
 
 
@@ -484,8 +489,8 @@ def fit_critic(agent, optimizer, actions, config, generator):
 
     mean ½ (v(o, w<ʲ) − γ_w^(n−j) G)²       over the slots j of actions of n slots
 
-    G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1), the λ-return between actions. A step reads
-    64 actions, drawn at random.
+    G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1), the λ-return between actions. actions: those
+    of the last four rollouts; a step reads 64 of them, drawn with replacement.
     """
     targets = column(actions, "returns")
     mask = column(actions, "mask")
@@ -523,8 +528,9 @@ def ppo_update(agent, optimizer, actions, config, generator):
     """One PPO update of the policy on credited actions. → diagnostics
 
     Each epoch shuffles the actions and cuts them into minibatches of equal size, give or
-    take one; one without any choice is skipped, one whose KL is above `kl_stop` ends the
-    update. The first must find the policy that sampled, with a ratio of 1, else ValueError.
+    take one. One without any choice is skipped. KL is read before the step: above `kl_stop`
+    it is recorded, the step is not taken, and the update ends ("stopped"). The first
+    minibatch must find the policy that sampled, with a ratio of 1, else ValueError.
     """
     seen = []
     for _ in range(config.epochs):
@@ -598,7 +604,7 @@ def encode_menu(tokenizer, prompt, texts):
     """The Menu of a tuple of strings after a prompt; ValueError for what cannot be one.
 
     An entry's tokens are those that follow the prompt's when both are read as one text
-    (`joined`).
+    (`joined`), and eos. No two may have the same; the prompt must end with a token.
     """
     require(texts, "the menu is empty: at least one action is expected")
     context = encode(tokenizer, prompt)
@@ -692,6 +698,8 @@ class LanguageAgent(nn.Module):
         super().__init__()
         eos = tokenizer.eos_token_id
         require(eos is not None, "the tokenizer has no eos token to end an action")
+        require(hasattr(lm, "generation_config"),
+                f"{type(lm).__name__} is no causal language model")
         also = lm.generation_config.eos_token_id            # None, a number, or several
         if not isinstance(also, list):
             also = [also]
@@ -733,7 +741,7 @@ class LanguageAgent(nn.Module):
         with suppress(Exception):                           # a model may fail in any way
             self.shares_prompts = alike(read_shared(self.lm, rows), plain)
         if self.shares_prompts:
-            written, drawn = self._generate(prompts, torch.Generator())
+            written, drawn = self._generate(prompts, torch.Generator(), 2)
             read = self.read(self.lm, list(zip(prompts, written)))          # (3, W + 1, V)
             require(alike(torch.stack(drawn, 1), read[:, :-1]),
                     f"{name} samples free text from something else than what is read")
@@ -855,17 +863,17 @@ class LanguageAgent(nn.Module):
                 f"menus, each a list of texts, or none (but {RESTRICTED} need them)")
         return ready
 
-    def _generate(self, contexts, generator):
+    def _generate(self, contexts, generator, longest):
         """B tuples of W token ids, and the logits, W times (B, V), that drew them."""
         require(self.shares_prompts, f"{type(self.lm).__name__} cannot be read with a "
                 "cache: it can choose from menus, but not write freely")
-        room = (0,) * self.lm.generation_config.max_new_tokens
-        self._check([context + room for context in contexts])
+        self._check([context + (0,) * longest for context in contexts])
         ids, mask = pad(contexts, self.lm.device, "left")                   # (B, P)
         seed = torch.randint(2**60, (), generator=generator).item()
         with seeded(seed):                                  # `generate` takes no generator
-            out = self.lm.generate(ids, attention_mask=mask.long(), output_scores=True,
-                                   return_dict_in_generate=True)
+            out = self.lm.generate(
+                ids, attention_mask=mask.long(), max_new_tokens=longest, output_scores=True,
+                return_dict_in_generate=True)
         written = out.sequences[:, ids.shape[1]:]                           # (B, W)
         return list(map(tuple, written.tolist())), out.scores
 
@@ -895,7 +903,8 @@ class LanguageAgent(nn.Module):
 
     def _write_freely(self, prompts, generator):
         contexts = [encode(self.tokenizer, prompt) for prompt in prompts]
-        written, _ = self._generate(contexts, generator)
+        longest = self.lm.generation_config.max_new_tokens
+        written, _ = self._generate(contexts, generator, longest)
         actions = []
         for prompt, context, row in zip(prompts, contexts, written):
             words = list(takewhile(lambda token: token not in self.ends, row))
