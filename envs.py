@@ -270,8 +270,8 @@ class Player:
         require(isinstance(answer, (tuple, list)) and len(answer) == 5, "step must return "
                 "(observation, reward, terminated, truncated, info), as Gymnasium's does")
         obs, reward, terminated, truncated, info = answer
-        require(isinstance(reward, (int, float, np.number)) and np.isfinite(reward),
-                f"the environment's reward is {reward!r}, expected a finite number")
+        number = isinstance(reward, (int, float, np.number, np.bool_))
+        require(number and np.isfinite(reward), f"the environment's reward is {reward!r}, expected a finite number")
         self.total += float(reward)
         terminated = _flag("terminated", terminated)
         truncated = _flag("truncated", truncated)
@@ -279,7 +279,8 @@ class Player:
         self.cut = truncated and not terminated
         self._show(obs, info)
         if self.over:
-            self.success = _flag('info["success"] at the end', info.get("success"))
+            told = info.get("success", "missing")
+            self.success = _flag('info["success"] at the end', told)
         return float(reward)
 
     def _show(self, obs, info):
@@ -295,6 +296,7 @@ class Player:
 
 def make_players(env_fn, seeds):
     """A Player for each seed, each with an environment of its own; ValueError if not."""
+    require(callable(env_fn), "env_fn makes environments: pass a class, not an instance")
     seeds = list(seeds)
     envs = [env_fn() for _ in seeds]
     require(len(set(map(id, envs))) == len(envs),

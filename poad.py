@@ -401,7 +401,8 @@ class Config:
             high = 1 if knob.name.startswith(("gamma", "lam")) else math.inf
             fits = isinstance(value, (int, knob.type)) and low <= value <= high
             require(fits or value is knob.default,
-                    f"{knob.name} is {value!r}, not {knob.type.__name__} in {low} … {high}")
+                    f"{knob.name} is {value!r}, expected {knob.type.__name__} from {low} "
+                    f"to {high}")
         require(self.minibatches <= self.n_envs * self.n_steps,
                 "there are more minibatches than actions, n_envs × n_steps")
 
@@ -760,12 +761,12 @@ class LanguageAgent(nn.Module):
     def _check(self, texts):
         config = self.lm.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", math.inf)
-        size = len(self.lm.get_input_embeddings().weight)
+        size = len(self.body.get_input_embeddings().weight)         # of the LM's copy
         for ids in texts:
             require(len(ids) <= limit, f"a prompt and its action are {len(ids)} tokens, "
                     f"and the LM reads at most {limit}")
             require(max(ids) < size, f"the LM has {size} tokens, its tokenizer more: call "
-                    "resize_token_embeddings")
+                    "resize_token_embeddings before the agent is made")
 
     def judge(self, rows):
         """The critic's v (B, W + 1) of rows as in `read`, equal ones read once."""
@@ -803,13 +804,14 @@ class LanguageAgent(nn.Module):
         rows: (context, token ids, Menu or None); with a Menu the ids are an entry's.
         """
         logits = self.read(self.lm, [(context, ids[:-1]) for context, ids, _ in rows])
+        require(not logits.isnan().any(), "the LM says NaN: see step sizes and precision")
         allowed = torch.ones_like(logits, dtype=torch.bool)                 # (R, L, V)
         for r, (_, ids, menu) in enumerate(rows):
             if menu:
                 for j in range(len(ids)):
                     allowed[r, j] = False
                     allowed[r, j, list(menu.trie[ids[:j]])] = True
-        pi = Categorical(logits=menu_logp(logits, allowed))     # ValueError if NaN
+        pi = Categorical(logits=menu_logp(logits, allowed))
         written = [ids for _, ids, _ in rows]
         ids, _ = pad(written, logits.device)                                # (R, L)
         choice = allowed.sum(2) > 1                         # read off the trie
@@ -860,7 +862,7 @@ class LanguageAgent(nn.Module):
         kinds = {type(menu) for menu in ready}
         fits = kinds == {Menu} or kinds == {type(None)} and policy not in RESTRICTED
         require(fits and len(menus) == len(prompts), f"{len(prompts)} prompts need as many "
-                f"menus, each a list of texts, or none (but {RESTRICTED} need them)")
+                "menus, each a list of texts, or none at all (glam and twosome need them)")
         return ready
 
     def _generate(self, contexts, generator, longest):
