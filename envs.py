@@ -271,7 +271,8 @@ class Player:
                 "(observation, reward, terminated, truncated, info), as Gymnasium's does")
         obs, reward, terminated, truncated, info = answer
         number = isinstance(reward, (int, float, np.number, np.bool_))
-        require(number and np.isfinite(reward), f"the environment's reward is {reward!r}, expected a finite number")
+        require(number and np.isfinite(reward),
+                f"the environment's reward is {reward!r}, expected a finite number")
         self.total += float(reward)
         terminated = _flag("terminated", terminated)
         truncated = _flag("truncated", truncated)
