@@ -1354,7 +1354,7 @@ def test_poad_learns_to_serve_and_naive_does_not():
     served = {}
     for method in ("poad", "ntpo"):
         agent = copy.deepcopy(start)
-        config = Config(method, updates=7, n_envs=8, n_steps=8, critic_steps=20)
+        config = Config(method, updates=10, n_envs=8, n_steps=8, critic_steps=30)
         list(train(agent, env_fn, config))
         served[method] = sum(success for _, success in play(agent, env_fn, 100)[0])
     assert served["poad"] >= 90 and served["ntpo"] <= 10, served
