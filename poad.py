@@ -707,6 +707,7 @@ class LanguageAgent(nn.Module):
         self.ends = {eos, *also} - {None}
         self.lm = lm
         self.tokenizer = tokenizer
+        self.size = len(lm.get_input_embeddings().weight)   # V, of the critic's copy too
         self.memory = None                                  # see `standing_still`
         lm.generation_config = GenerationConfig(            # no habits of a checkpoint
             do_sample=True, top_k=0, remove_invalid_values=True, pad_token_id=eos,
@@ -761,12 +762,11 @@ class LanguageAgent(nn.Module):
     def _check(self, texts):
         config = self.lm.config.get_text_config()
         limit = getattr(config, "max_position_embeddings", math.inf)
-        size = len(self.body.get_input_embeddings().weight)         # of the LM's copy
         for ids in texts:
             require(len(ids) <= limit, f"a prompt and its action are {len(ids)} tokens, "
                     f"and the LM reads at most {limit}")
-            require(max(ids) < size, f"the LM has {size} tokens, its tokenizer more: call "
-                    "resize_token_embeddings before the agent is made")
+            require(max(ids) < self.size, f"the LM has {self.size} tokens, its tokenizer "
+                    "more: call resize_token_embeddings before the agent is made")
 
     def judge(self, rows):
         """The critic's v (B, W + 1) of rows as in `read`, equal ones read once."""
