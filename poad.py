@@ -743,7 +743,7 @@ class LanguageAgent(nn.Module):
         with suppress(Exception):                           # a model may fail in any way
             self.shares_prompts = alike(read_shared(self.lm, rows), plain)
         if self.shares_prompts:
-            written, drawn = self._generate(prompts, torch.Generator(), 2)
+            written, drawn = self._generate(prompts, torch.Generator(), 2, True)
             read = self.read(self.lm, list(zip(prompts, written)))          # (3, W + 1, V)
             require(alike(torch.stack(drawn, 1), read[:, :-1]),
                     f"{name} samples free text from something else than what is read")
@@ -865,8 +865,8 @@ class LanguageAgent(nn.Module):
                 "menus, each a list of texts, or none at all (glam and twosome need them)")
         return ready
 
-    def _generate(self, contexts, generator, longest):
-        """B tuples of W token ids, and the logits, W times (B, V), that drew them."""
+    def _generate(self, contexts, generator, longest, scores=False):
+        """B tuples of W token ids; if asked for, the logits, W times (B, V), behind them."""
         require(self.shares_prompts, f"{type(self.lm).__name__} cannot be read with a "
                 "cache: it can choose from menus, but not write freely")
         self._check([context + (0,) * longest for context in contexts])
@@ -874,8 +874,8 @@ class LanguageAgent(nn.Module):
         seed = torch.randint(2**60, (), generator=generator).item()
         with seeded(seed):                                  # `generate` takes no generator
             out = self.lm.generate(
-                ids, attention_mask=mask.long(), max_new_tokens=longest, output_scores=True,
-                return_dict_in_generate=True)
+                ids, attention_mask=mask.long(), max_new_tokens=longest,
+                output_scores=scores, return_dict_in_generate=True)
         written = out.sequences[:, ids.shape[1]:]                           # (B, W)
         return list(map(tuple, written.tolist())), out.scores
 
