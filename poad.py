@@ -866,7 +866,7 @@ class LanguageAgent(nn.Module):
         return ready
 
     def _generate(self, contexts, generator, longest, scores=False):
-        """B tuples of W token ids; if asked for, the logits, W times (B, V), behind them."""
+        """B tuples of W token ids; if asked for, their logits, W times (B, V)."""
         require(self.shares_prompts, f"{type(self.lm).__name__} cannot be read with a "
                 "cache: it can choose from menus, but not write freely")
         self._check([context + (0,) * longest for context in contexts])
