@@ -9,7 +9,7 @@ advantages and its clipped ratio are per token.
 
     symbol     name                 meaning                                    shape
     γ, γ_w     gamma, gamma_token   discount between actions, inside one       scalars
-    λ, λ_w     lam, lam_token       share of later surprises that GAE hands on scalars
+    λ, λ_w     lam, lam_token       share of the next token's Â in a token's   scalars
     G          returns              what an action brought, as far as known    (B, N)
     Q(o,w<,w)  q                    value of writing w after the prefix w<     (S, N, V)
     v(o,w<)    values               value of an observation and a prefix       (B, N)
@@ -18,7 +18,8 @@ advantages and its clipped ratio are per token.
 
 Sizes: B rows (environments, or written actions), N token slots of a row (in tables:
 prefixes), T steps, L tokens of an action, S states, A actions (of a menu), V vocabulary,
-H features. Where a whole action gets one credit, it is one slot.
+H features; n is an action's length in wⁿ, elsewhere the number of a slot or prefix. Where
+a whole action gets one credit, it is one slot.
 """
 import argparse
 import copy
@@ -59,7 +60,7 @@ def check_table(table, mdp):
 
 # What BAD is, exactly, on tables small enough to solve; training calls none of this. A
 # TokenMDP numbers all beginnings of its actions, ∅ is prefix 0. child[n, w] is the prefix
-# that word w leads to from prefix n, leaf[n, w] the action that it completes, −1 if none.
+# that word w leads to from prefix n, leaf[n, w] the action it completes; −1 means none.
 
 def state_values(q, policy=None, temperature=0.0):
     """Value of a choice: its best option, the policy's mean, or the soft maximum.
@@ -162,9 +163,10 @@ def action_policy(token_policy, mdp):
 def bad_discounts(action_end, done, gamma, gamma_token=1.0):
     """The discount on what follows each token: where BAD and naive differ.
 
-    γ_n = γ_w inside an action,  γ after its last token,  0 after a finished episode's last
+    γ_n = γ_w inside an action,  γ after its last token,  0 after an episode's last
 
-    BAD is γ_w = 1; naive is γ_w = γ; at action level every slot is an action's end.
+    BAD is γ_w = 1; naive is γ_w = γ; at action level every slot is an action's end. An
+    episode that was cut gets 0, too: `credit` has put γ v(o_next) into its last reward.
     action_end, done (read at action ends): masks of one shape, else ValueError. → floats
     >>> bad_discounts(torch.tensor([[0, 1, 0, 1]]), torch.tensor([[0, 0, 0, 1]]), gamma=0.5)
     tensor([[1.0000, 0.5000, 1.0000, 0.0000]])
@@ -254,7 +256,8 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
 
     logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions, else ValueError, also
     if all is masked; clip: ε, often .1-.3. → loss, and scalars without gradient: "kl", the
-    mean of ratio − 1 − log ratio (never below 0; it estimates KL(π_old, π)), and
+    mean of ratio − 1 − log ratio (never below 0, as eˣ ≥ 1 + x; it estimates KL(π_old,
+    π)), and
     "clip_fraction", the share of |ratio − 1| > ε. A log ratio above 20 counts as 20, lest
     exp overflows.
     >>> new = torch.tensor([[1.5, 0.5]]).log()
@@ -275,9 +278,9 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
 
 
 def value_loss(values, returns, mask):
-    """Half the squared error of v against returns R, a mean over real slots.
+    """Half the squared error of v against returns G, a mean over real slots.
 
-    mean ½ (v − R)²
+    mean ½ (v − G)²
 
     values, returns, mask: (B, N), else ValueError, also if all is masked. → scalar
     >>> one = torch.ones(1, 1)
@@ -290,9 +293,12 @@ def value_loss(values, returns, mask):
 
 # ------------------------------------------------- the methods and their update
 
+# Of an agent they need judge(rows), v before every slot, with rows as in `Action.before`,
+# and evaluate(actions, policy), log π and entropy of every slot.
+
 @dataclass
 class Action:
-    """One written action, in slots: its tokens, or (all policies but "token") the whole.
+    """One written action in slots: one a token under policy "token", else one for it all.
 
     The menu is "eat it", "eat pizza"; written is "eat it": three tokens, of which only the
     second could have been another.
@@ -302,7 +308,7 @@ class Action:
         "action"   (eat, it, eos)   (True,)                  (log ½,)
 
     With log p over the whole vocabulary instead, PPO's ratio would not be that of the
-    distribution that sampled, and forced tokens would be pushed, too.
+    distribution that sampled, and forced tokens, whose log p is below 0, would be pushed.
     """
 
     prompt: str                     # what was read, as text
@@ -325,7 +331,7 @@ class Action:
 
     @property
     def before(self):
-        """What is read before its last slot: tokens of the prompt, and of the action."""
+        """Its row for `judge` (v before each slot): the prompt, all tokens but the last."""
         return self.context, self.ids[:len(self.choice) - 1]
 
 
@@ -370,7 +376,7 @@ class Config:
     minibatches: minibatches of a pass, one step of Adam for each
     clip: ε of the ratio
     entropy_coef: weight of an action's entropy (nats)
-    kl_stop: KL of an action (nats) that ends an update; inf: never
+    kl_stop: KL of an action, its choices' added up (nats), that ends an update; inf: never
     max_grad_norm: gradient clipping, LM and critic each for itself
     """
 
@@ -400,7 +406,7 @@ class Config:
             low = LEAST.get(knob.name, 0)
             high = 1 if knob.name.startswith(("gamma", "lam")) else math.inf
             fits = isinstance(value, (int, knob.type)) and low <= value <= high
-            require(fits or value is knob.default,
+            require(fits or value is knob.default,          # None: not given
                     f"{knob.name} is {value!r}, expected {knob.type.__name__} from {low} "
                     f"to {high}")
         require(self.minibatches <= self.n_envs * self.n_steps,
@@ -418,8 +424,8 @@ class Config:
     def inside(self):
         """γ_w and λ_w: what was given, else the method's."""
         gamma_token, lam_token = 1.0, 1.0
-        if self.method == "ntpo":                           # turns POAD into naive
-            gamma_token, lam_token = self.gamma, self.lam
+        if self.method == "ntpo":
+            gamma_token, lam_token = self.gamma, self.lam   # turns POAD into naive
         if self.gamma_token is not None:
             gamma_token = self.gamma_token
         if self.lam_token is not None:
@@ -433,8 +439,9 @@ def assign(config, mask, values, rewards, done):
     at the last written slot of action t:   r_n = r_t,  γ_n = γ (0 if done),  λ_n = λ
     at its other slots:                     r_n = 0,    γ_n = γ_w,            λ_n = λ_w
 
-    The T actions of an environment are one row (T·L slots) for `gae`; what follows it is
-    worth 0, so its last action is `done`, and `credit` adds γ v(o_next) to its reward.
+    The T actions of an environment are one row (T·L slots) for `gae`. What follows a row
+    counts 0: where it was cut, γ v(o_next) is in the reward (`credit`). γ_w and λ_w are
+    `config.inside`.
     At γ_w = λ_w = 1 an action's first token gets action-level GAE(λ); with λ = .95 at every
     token (the paper's code) only .95⁴ = .81 of the δ at the end of five tokens reaches it.
     mask (any slots may be masked), values: (B·T, L), environment b's action t in row
@@ -444,7 +451,7 @@ def assign(config, mask, values, rewards, done):
     require(rewards.shape == done.shape and rewards.dim() == 2, "rewards, done: (B, T)")
     mask = mask.bool()
     end = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))              # (B·T, L)
-    over = end & done.reshape(-1, 1).bool()
+    over = done.reshape(-1, 1).expand(mask.shape)
     discounts = bad_discounts(end, over, config.gamma, gamma_token)
     lambdas = torch.where(end, config.lam, lam_token)
     slots = (end * rewards.reshape(-1, 1), values, discounts, lambdas, mask)
@@ -455,26 +462,27 @@ def assign(config, mask, values, rewards, done):
 
 @torch.no_grad()
 def credit(agent, actions, config):
-    """Judge a rollout; write advantages (at each call) and returns (at the first only).
+    """Judge a rollout; write advantages (at each call) and returns (kept once written).
 
     `train` calls it twice: before `fit_critic`, with λ_w = 1, for the returns, which are
     the critic's targets; after it, with the method's λ_w, for advantages by the fitted
     critic. An episode that was cut is `done` here, but was not over: γ v(o_next) joins its
-    last reward. Advantages are normalised over choices, if there are any: a forced token
-    has a value and takes part in GAE, but log π = 0 whatever the weights, and its advantage
-    moves nothing.
-    γ = λ = ½, v = 1 before all slots; one player says "eat it" (two slots), which pays 0,
-    then "wait" (one slot), which pays 4 and is cut where v(o_next) = 6. Returns: 4 + ½ · 6
-    = 7 and ½ (½ · 1 + ½ · 7) = 2. Advantages before they are normalised: (1, 1) and (6).
+    last reward. Advantages are normalised over choices, if there are any, and 0 elsewhere:
+    a forced token takes part in GAE, but its log π is 0 whatever the weights.
+    γ = λ = ½, v = 1 before all slots; one player writes two slots, which pay 0, then one,
+    which pays 4 and is cut where v(o_next) = 6. Returns: 4 + ½ · 6 = 7 and
+    ½ (½ · 1 + ½ · 7) = 2. Advantages before they are normalised: (1, 1) and (6).
+    actions: B·T records, as `collect` returns them.
     """
-    cut = [action.after is not None for action in actions]
+    cut = [bool(action.after) for action in actions]
     rows = [a.before for a in actions] + [(a.after, ()) for a in actions if a.after]
     values = agent.judge(rows)                              # of slots, then of o_next
     rewards = torch.tensor([action.reward for action in actions])           # (B·T,)
     rewards[cut] += config.gamma * values[len(actions):, 0]
     done = torch.tensor([action.done for action in actions])
     shape = config.n_envs, config.n_steps
-    advantages, returns = assign(config, column(actions, "mask"), values[:len(actions)],
+    mask = column(actions, "mask")
+    advantages, returns = assign(config, mask, values[:len(actions)],
                                  rewards.view(shape), done.view(shape))     # (B·T, L)
     choice = column(actions, "choice")
     if choice.any():
@@ -490,8 +498,9 @@ def fit_critic(agent, optimizer, actions, config, generator):
 
     mean ½ (v(o, w<ʲ) − γ_w^(n−j) G)²       over the slots j of actions of n slots
 
-    G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1), the λ-return between actions. actions: those
-    of the last four rollouts; a step reads 64 of them, drawn with replacement.
+    G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1), the λ-return between actions; r_t at an end,
+    r_t + γ v(o_next) at a cut. Unlike in the paper's code this comes before the advantages.
+    actions: those of the last four rollouts; a step reads 64 of them, with replacement.
     """
     targets = column(actions, "returns")
     mask = column(actions, "mask")
@@ -506,19 +515,22 @@ def fit_critic(agent, optimizer, actions, config, generator):
 
 
 def minibatch_loss(agent, batch, config):
-    """The policy's loss on a minibatch of written actions. → loss, diagnostics
+    """The policy's loss on a minibatch of written actions. → loss, floats
+
+    The floats: "kl", "clip_fraction", "entropy".
 
     loss = Σ_choices PPO loss − entropy_coef · Σ_choices entropy     (averaged over actions)
 
-    The unit of loss, entropy and KL is the action, whatever its length. Entropy is that of
-    the beginnings that were written: how a token changes later entropies is ignored.
+    The unit of loss, entropy and KL is the action, whatever its length: they are sums over
+    its choices, averaged over actions. Entropy is summed along what was written: that
+    earlier tokens decide which prefixes occur is ignored.
     """
     logp, entropy = agent.evaluate(batch, config.policy)                    # (B, L)
     choice = column(batch, "choice")
     policy_loss, info = ppo_policy_loss(
         logp, column(batch, "logp"), column(batch, "advantages"), choice, config.clip)
     per_action = choice.sum() / len(batch)                  # turns means into sums
-    entropy = entropy.sum(1).mean()
+    entropy = entropy.sum(1).mean()                         # a forced slot has none
     loss = per_action * policy_loss - config.entropy_coef * entropy
     info["kl"] *= per_action
     info["entropy"] = entropy
@@ -529,16 +541,16 @@ def ppo_update(agent, optimizer, actions, config, generator):
     """One PPO update of the policy on credited actions. → diagnostics
 
     Each epoch shuffles the actions and cuts them into minibatches of equal size, give or
-    take one. One without any choice is skipped. KL is read before the step: above `kl_stop`
-    it is recorded, the step is not taken, and the update ends ("stopped"). The first
-    minibatch must find the policy that sampled, with a ratio of 1, else ValueError.
+    take one. A minibatch without any choice is skipped. KL is read before the step: above
+    `kl_stop` it is recorded, the step is not taken, and the update ends ("stopped"). The
+    first minibatch must find the policy that sampled, with a ratio of 1, else ValueError.
     """
     seen = []
     for _ in range(config.epochs):
         order = torch.randperm(len(actions), generator=generator)
         for indices in order.tensor_split(config.minibatches):
             batch = [actions[i] for i in indices]
-            if not any(action.choice.any() for action in batch):
+            if not column(batch, "choice").any():
                 continue
             loss, info = minibatch_loss(agent, batch, config)
             require(seen or not info["kl"] > 1e-5, "the policy that is trained did not "
@@ -605,7 +617,8 @@ def encode_menu(tokenizer, prompt, texts):
     """The Menu of a tuple of strings after a prompt; ValueError for what cannot be one.
 
     An entry's tokens are those that follow the prompt's when both are read as one text
-    (`joined`), and eos. No two may have the same; the prompt must end with a token.
+    (`joined`), and eos. No two entries may have the same, and no token may belong to prompt
+    and entry.
     """
     require(texts, "the menu is empty: at least one action is expected")
     context = encode(tokenizer, prompt)
@@ -649,7 +662,8 @@ def pad(rows, device="cpu", side="right"):
 
 
 # Two ways to read R rows, pairs of token tuples: a prompt and a prefix of an action, up to
-# P and W long. → an LM's logits, or a body's features, after it and each prefix token
+# P and W long. → an LM's logits, or a body's features, after the prompt and each token of
+# the prefix
 
 
 def read_plainly(model, rows):
@@ -677,7 +691,7 @@ def read_shared(model, rows):
 
 
 def read_on(model, ids, mask, cache):
-    """Tokens behind those in the cache; the mask, of them all, tells where they stand."""
+    """Read ids behind those in the cache, which grows by them; the mask covers both."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)           # padding does not count
     return model(input_ids=ids, attention_mask=mask, cache=cache,
                  position_ids=positions[:, -ids.shape[1]:])[0]              # (R, W + 1, ·)
@@ -692,7 +706,8 @@ class LanguageAgent(nn.Module):
     """A transformers causal LM, with its tokenizer, that writes actions; and their critic.
 
     The critic v(o, w<ʲ) is a linear head on its own copy of the LM's body. To choose, act →
-    score → slots → read; to record, act → slots. Results lie on the CPU, `read`'s apart.
+    score → tokens → read; to record, act → slots → tokens. Results lie on the CPU, except
+    `read`'s.
     """
 
     def __init__(self, lm, tokenizer, max_new_tokens=32):
@@ -731,7 +746,7 @@ class LanguageAgent(nn.Module):
 
     @torch.no_grad()
     def _test(self):
-        """Can prompts be shared? ValueError for no causal LM, or another sampler's."""
+        """Can prompts be shared? ValueError if not causal, or if another policy samples."""
         name = type(self.lm).__name__
         rows = [((0, 2, 1), (0, 2)), ((2,), (2, 0)), ((0, 2, 1), (2, 1))]
         prompts = [prompt for prompt, _ in rows]
@@ -777,7 +792,7 @@ class LanguageAgent(nn.Module):
 
     @contextmanager
     def standing_still(self):
-        """Inside, no weight changes; no menu is encoded, and no action read, twice."""
+        """Inside, you change no weight, and no menu is encoded, no action read, twice."""
         self.memory = {}
         try:
             yield
@@ -789,16 +804,16 @@ class LanguageAgent(nn.Module):
         """The memory where there is one, else an empty one for a single call."""
         return {} if self.memory is None else self.memory
 
-    def recall(self, rows, work):
-        """What `work` makes of R rows, (R, L, …), 0-padded: it gets new ones, in parts."""
+    def recall(self, rows):
+        """`tokens` of R rows, (R, L, 3), 0-padded; it gets new ones, in parts."""
         known = self.known
         new = [row for row in dict.fromkeys(rows) if row not in known]
         for start in range(0, len(new), 256):               # large menus
             part = new[start:start + 256]
-            known.update(zip(part, work(part)))
+            known.update(zip(part, self.tokens(part)))
         return pad_sequence([known[row] for row in rows], batch_first=True)
 
-    def slots(self, rows):
+    def tokens(self, rows):
         """log π, entropy, choice of every token of R written actions: R tensors (L, 3).
 
         rows: (context, token ids, Menu or None); with a Menu the ids are an entry's.
@@ -812,18 +827,18 @@ class LanguageAgent(nn.Module):
                     allowed[r, j] = False
                     allowed[r, j, list(menu.trie[ids[:j]])] = True
         pi = Categorical(logits=menu_logp(logits, allowed))
-        written = [ids for _, ids, _ in rows]
-        ids, _ = pad(written, logits.device)                                # (R, L)
+        written, mask = pad([ids for _, ids, _ in rows], logits.device)     # (R, L)
         choice = allowed.sum(2) > 1                         # read off the trie
-        slots = torch.stack([pi.log_prob(ids), pi.entropy(), choice], 2).cpu()
-        return [x[:len(ids)] for x, ids in zip(slots, written)]
+        found = torch.stack([pi.log_prob(written), pi.entropy(), choice], 2).cpu()
+        return [x[:n] for x, n in zip(found, mask.sum(1))]
 
     def score(self, prompts, menus, policy="glam"):
         """How likely the LM finds each entry of a menu: B tensors (A,), with gradient.
 
         "glam": Σ_j log p(wʲ|o, w<ʲ)      "twosome": that divided by the number of words
 
-        p is over the whole vocabulary, without eos. "eat it" with p = ½, ¼: log ⅛, ½ log ⅛.
+        p is over the whole vocabulary; eos is not in the sum. "eat it" with p = ½, ¼: log ⅛
+        and ½ log ⅛.
         Words are what white space separates: without any, TWOSOME is GLAM. For other
         policies it is Σ_j log π, restricted to the menu and with eos.
         prompts: B strings; menus: B lists of A strings, or Menus.
@@ -838,7 +853,7 @@ class LanguageAgent(nn.Module):
                 rows += [(menu.context, entry[:-1], None) for entry in menu.entries]
             else:
                 rows += [(menu.context, entry, menu) for entry in menu.entries]
-        slots = self.recall(rows, self.slots)                               # (R, L, 3)
+        slots = self.recall(rows)                                           # (R, L, 3)
         scores = slots[..., 0].sum(1)                                       # of all entries
         if policy == "twosome":
             scores = scores / torch.tensor(words)
@@ -885,8 +900,9 @@ class LanguageAgent(nn.Module):
 
         With menus (B lists of strings) an entry is drawn from the softmax over its menu's
         `score`: for "token" π(a|o) = Π_j π(wʲ|o, w<ʲ), next tokens restricted to the menu's
-        trie and renormalised; "action" is the same, as one slot. Without, these two write
-        free text: n decisions among |V| tokens, where sentences would be one among |V|ⁿ.
+        trie and renormalised; "action" is the same, as one slot. Without menus these two
+        write free text: n decisions look at n · |V| numbers, where one among all sentences
+        would look at |V|ⁿ.
         """
         menus = self.menus(prompts, menus, policy)
         if menus[0] is None:
@@ -898,7 +914,7 @@ class LanguageAgent(nn.Module):
             for prompt, menu, k in zip(prompts, menus, picks):
                 actions.append(
                     Action(prompt, menu.context, menu, menu.texts[k], menu.entries[k]))
-        for action, slots in zip(actions, self._slots_of(actions, policy)):
+        for action, slots in zip(actions, self.slots(actions, policy)):
             action.logp, _, choice = slots[:len(action.ids)].unbind(1)
             action.choice = choice.bool()
         return actions
@@ -918,16 +934,16 @@ class LanguageAgent(nn.Module):
     def evaluate(self, actions, policy="token"):
         """log π and entropy of B records of `act` under the present weights, with gradient.
 
-        (B, L) each, zero where padded; (B, 1) unless "token". Free text has all tokens.
+        (B, L) each, zero where padded; (B, 1) unless "token". In free text V are options.
         """
-        return self._slots_of(actions, policy).unbind(2)[:2]
+        return self.slots(actions, policy).unbind(2)[:2]
 
-    def _slots_of(self, actions, policy):
+    def slots(self, actions, policy):
         """log π, entropy, choice of the slots of B written actions: (B, L or 1, 3)."""
         if policy not in RESTRICTED:
-            slots = self.recall([(a.context, a.ids, a.menu) for a in actions], self.slots)
+            slots = self.recall([(a.context, a.ids, a.menu) for a in actions])
             if policy == "action":
-                slots = slots.sum(1, keepdim=True)
+                slots = slots.sum(1, keepdim=True)          # choice: how many
             return slots
         menus = [a.menu for a in actions]
         scores = self.score([a.prompt for a in actions], menus, policy)
@@ -983,7 +999,7 @@ def load_agent(model, env_fn, seed=0, device="cpu", train_layers=0, load=load_lm
     train_layers: only so many last layers learn, 0: all.
     """
     if model != "tiny":
-        seed = 0                                            # it is the same for all
+        seed = 0                                            # one reading serves all seeds
     lm, tokenizer = load(model, env_fn, seed)
     lm = copy.deepcopy(lm).to(device)
     if train_layers:
@@ -1024,8 +1040,9 @@ def collect(agent, players, config, generator, episodes):
         for t in range(config.n_steps):
             actions = step_all(agent, players, config.policy, generator)
             steps.append(actions)
+            last = t == config.n_steps - 1
             for player, action in zip(players, actions):
-                if player.cut or t == config.n_steps - 1 and not player.over:
+                if player.cut or (last and not player.over):
                     action.after = encode(agent.tokenizer, player.obs)
                     action.done = True
                 if player.over:
@@ -1070,7 +1087,7 @@ def summary(outcomes):
 
 def seed_of(seed, b, exam=0):
     """The seed of environment b: even for training, odd for exams, and never twice."""
-    beyond = b // 1000 * 10**9              # a run's first thousand are 1000 seed + b
+    beyond = b // 1000 * 10**9              # b ≥ 1000 must not meet the next seed's
     return 2 * (1000 * seed + b + beyond) + exam
 
 
@@ -1142,11 +1159,11 @@ def parse(argv):
     for option in fields(Options):
         parser.add_argument(f"--{option.name}", type=option.type, default=option.default,
                             help=meaning[option.name])
-    typed, _ = parser.parse_known_args(argv)
-    preset = PRESETS.get(typed.env, {})
-    parser.set_defaults(out=f"runs/{typed.env}.json", **preset)
+    typed, _ = parser.parse_known_args(argv)                # --help waits for the presets
+    preset = {"out": f"runs/{typed.env}.json", **PRESETS.get(typed.env, {})}
     if typed.model != "tiny":
-        parser.set_defaults(**PRESETS["real"])
+        preset |= PRESETS["real"]
+    parser.set_defaults(**preset)
     parser.add_argument("-h", "--help", action="help")
     given = parser.parse_args(argv)
     if typed.env_options and "env_options" in preset:       # they join the preset's
@@ -1257,7 +1274,8 @@ def main(argv):
         sys.exit(2)
     finally:
         if runs:
-            runs = json.loads(json.dumps(runs), parse_constant=lambda infinity: None)
+            runs = json.loads(json.dumps(runs), parse_constant=lambda infinity: None,
+                              parse_float=lambda x: float(f"{float(x):.6g}"))
             command = "python poad.py " + shlex.join(argv)
             out.write_text(json.dumps({"command": command, "runs": runs}, indent=1))
             print(f"numbers: {out}")

@@ -2700,7 +2700,7 @@ score: (menu.context, entry[:-1], None) -> (menu.context, entry, menu)
 score: == "twosome" -> == "glam"
 score: slots[..., 0].sum(1) -> slots[..., 0].mean(1)
 assign: end * rewards -> mask * rewards
-assign: end & done. -> end & ~done.
+assign: over = done. -> over = 1 - 1 * done.
 assign: config.lam, lam_token -> lam_token, config.lam
 assign: config.inside -> 1.0, 1.0
 assign: last_values=torch.zeros -> last_values=torch.ones
