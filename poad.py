@@ -319,7 +319,7 @@ class Action:
     choice: torch.Tensor = None     # (slots,) True where two or more tokens were possible
     logp: torch.Tensor = None       # (slots,) under the distribution that sampled
     reward: float = 0.0
-    done: bool = False              # nothing follows it in the rollout: over, or cut
+    done: bool = False              # its episode's last in a rollout: over, or cut
     after: tuple = None             # token ids that would be read next, where it was cut
     returns: torch.Tensor = None            # (slots,) λ-returns, what the critic learns
     advantages: torch.Tensor = None         # (slots,) what the policy learns from
@@ -331,7 +331,7 @@ class Action:
 
     @property
     def before(self):
-        """Its row for `judge` (v before each slot): the prompt, all tokens but the last."""
+        """Its row for `judge` (v before each slot): prompt, ids before the last slot."""
         return self.context, self.ids[:len(self.choice) - 1]
 
 
@@ -444,7 +444,7 @@ def assign(config, mask, values, rewards, done):
     `config.inside`.
     At γ_w = λ_w = 1 an action's first token gets action-level GAE(λ); with λ = .95 at every
     token (the paper's code) only .95⁴ = .81 of the δ at the end of five tokens reaches it.
-    mask (any slots may be masked), values: (B·T, L), environment b's action t in row
+    mask (not all of a row masked), values: (B·T, L), environment b's action t in row
     b·T + t; rewards, done: (B, T), else ValueError.
     """
     gamma_token, lam_token = config.inside
@@ -466,10 +466,10 @@ def credit(agent, actions, config):
 
     `train` calls it twice: before `fit_critic`, with λ_w = 1, for the returns, which are
     the critic's targets; after it, with the method's λ_w, for advantages by the fitted
-    critic. An episode that was cut is `done` here, but was not over: γ v(o_next) joins its
-    last reward. Advantages are normalised over choices, if there are any, and 0 elsewhere:
+    critic. A cut episode is `done` here, but was not over: γ v(o_next) joins a copy of its
+    last reward. If there are choices, advantages are normalised over them, 0 elsewhere:
     a forced token takes part in GAE, but its log π is 0 whatever the weights.
-    γ = λ = ½, v = 1 before all slots; one player writes two slots, which pay 0, then one,
+    γ = λ = ½, γ_w = λ_w = 1, v = 1; one player writes two slots, which pay 0, then one,
     which pays 4 and is cut where v(o_next) = 6. Returns: 4 + ½ · 6 = 7 and
     ½ (½ · 1 + ½ · 7) = 2. Advantages before they are normalised: (1, 1) and (6).
     actions: B·T records, as `collect` returns them.
@@ -498,7 +498,7 @@ def fit_critic(agent, optimizer, actions, config, generator):
 
     mean ½ (v(o, w<ʲ) − γ_w^(n−j) G)²       over the slots j of actions of n slots
 
-    G_t = r_t + γ ((1 − λ) v(o_t+1) + λ G_t+1), the λ-return between actions; r_t at an end,
+    G_t = r_t + γ ((1 − λ) v(o_t+1) + λ γ_w^(n−1) G_t+1), n of action t+1; r_t at an end,
     r_t + γ v(o_next) at a cut. Unlike in the paper's code this comes before the advantages.
     actions: those of the last four rollouts; a step reads 64 of them, with replacement.
     """
@@ -706,7 +706,7 @@ class LanguageAgent(nn.Module):
     """A transformers causal LM, with its tokenizer, that writes actions; and their critic.
 
     The critic v(o, w<ʲ) is a linear head on its own copy of the LM's body. To choose, act →
-    score → tokens → read; to record, act → slots → tokens. Results lie on the CPU, except
+    score → recall → tokens → read; to record, act → slots. Results lie on the CPU, except
     `read`'s.
     """
 
@@ -792,7 +792,7 @@ class LanguageAgent(nn.Module):
 
     @contextmanager
     def standing_still(self):
-        """Inside, you change no weight, and no menu is encoded, no action read, twice."""
+        """Inside (weights fixed, no gradient) no menu is encoded or action read twice."""
         self.memory = {}
         try:
             yield
@@ -839,7 +839,7 @@ class LanguageAgent(nn.Module):
 
         p is over the whole vocabulary; eos is not in the sum. "eat it" with p = ½, ¼: log ⅛
         and ½ log ⅛.
-        Words are what white space separates: without any, TWOSOME is GLAM. For other
+        Words are split at white space: without it, TWOSOME is GLAM. For other
         policies it is Σ_j log π, restricted to the menu and with eos.
         prompts: B strings; menus: B lists of A strings, or Menus.
         """
