@@ -256,10 +256,9 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, clip=0.2):
 
     logp, old_logp, advantages, mask: (B, N) tokens or (B, T) actions, else ValueError, also
     if all is masked; clip: ε, often .1-.3. → loss, and scalars without gradient: "kl", the
-    mean of ratio − 1 − log ratio (never below 0, as eˣ ≥ 1 + x; it estimates KL(π_old,
-    π)), and
-    "clip_fraction", the share of |ratio − 1| > ε. A log ratio above 20 counts as 20, lest
-    exp overflows.
+    mean of ratio − 1 − log ratio (never below 0, as eˣ ≥ 1 + x; it estimates
+    KL(π_old, π)), and "clip_fraction", the share of |ratio − 1| > ε. A log ratio above 20
+    counts as 20, lest exp overflows.
     >>> new = torch.tensor([[1.5, 0.5]]).log()
     >>> one = torch.ones(1, 2)
     >>> round(ppo_policy_loss(new, 0 * one, one, one)[0].item(), 4)   # −(1.2 + .5) / 2
@@ -827,10 +826,11 @@ class LanguageAgent(nn.Module):
                     allowed[r, j] = False
                     allowed[r, j, list(menu.trie[ids[:j]])] = True
         pi = Categorical(logits=menu_logp(logits, allowed))
-        written, mask = pad([ids for _, ids, _ in rows], logits.device)     # (R, L)
+        written = [ids for _, ids, _ in rows]
+        padded, _ = pad(written, logits.device)                             # (R, L)
         choice = allowed.sum(2) > 1                         # read off the trie
-        found = torch.stack([pi.log_prob(written), pi.entropy(), choice], 2).cpu()
-        return [x[:n] for x, n in zip(found, mask.sum(1))]
+        found = torch.stack([pi.log_prob(padded), pi.entropy(), choice], 2).cpu()
+        return [x[:len(ids)] for x, ids in zip(found, written)]
 
     def score(self, prompts, menus, policy="glam"):
         """How likely the LM finds each entry of a menu: B tensors (A,), with gradient.
@@ -838,8 +838,7 @@ class LanguageAgent(nn.Module):
         "glam": Σ_j log p(wʲ|o, w<ʲ)      "twosome": that divided by the number of words
 
         p is over the whole vocabulary; eos is not in the sum. "eat it" with p = ½, ¼: log ⅛
-        and ½ log ⅛.
-        Words are split at white space: without it, TWOSOME is GLAM. For other
+        and ½ log ⅛. Words are split at white space: without it, TWOSOME is GLAM. For other
         policies it is Σ_j log π, restricted to the menu and with eos.
         prompts: B strings; menus: B lists of A strings, or Menus.
         """
